@@ -1,0 +1,47 @@
+"""One model under training: what a user's own training loop looks like with sparsecoll."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from corpus import Corpus
+from history import History
+from model import ModelConfig, MoELanguageModel
+
+import sparsecoll as sc
+
+LEARNING_RATE = 6e-3
+NUM_HELDOUT_BATCHES = 16
+
+
+class Trainer:
+    """One model, its optimizer, and what its steps measured."""
+
+    def __init__(self, name: str, group: sc.Group, seed: int, num_steps: int, **options: str) -> None:
+        torch.manual_seed(seed)
+        self.group = group
+        self.model = sc.FSSDP(MoELanguageModel(ModelConfig()), group=group, **options)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=LEARNING_RATE, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
+        )
+        self.history = History(name)
+
+    def step(self, rows: torch.Tensor) -> None:
+        """Learns from this rank's ``rows``."""
+        started_s = time.perf_counter()
+        loss = self.model(rows)
+        loss.backward()
+        self.model.clip_grad_norm_(1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        mean_loss = self.group.mean(loss.item())  # also waits for the slowest rank, whose time is the step's
+        self.history.record(mean_loss, time.perf_counter() - started_s, self.model.load_report().values())
+
+    @torch.no_grad()
+    def heldout_loss(self, corpus: Corpus, num_rows: int) -> float:
+        """Mean over ranks and over batches spread evenly through the held-out text."""
+        batches = corpus.heldout_batches(NUM_HELDOUT_BATCHES, num_rows, self.group.rank, self.group.world_size)
+        return self.group.mean(sum(self.model(rows).item() for rows in batches) / NUM_HELDOUT_BATCHES)

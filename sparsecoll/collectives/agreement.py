@@ -1,0 +1,114 @@
+"""The exchange with which a checked operation starts.
+
+Every rank says whether its own arguments are sound and sends a digest of what must be equal. A bad argument or a
+difference anywhere then raises on all ranks, at the same point and before payload moves, and the group stays usable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sparsecoll.errors import CollectiveMismatch, SparsecollError
+from sparsecoll.group import Group
+from sparsecoll.transport.base import Operation
+
+__all__ = ["agree", "agreed_error", "digest_of"]
+
+_HEADER = struct.Struct("<?16sI")  # sound, digest, length of the payload
+_LENGTH = struct.Struct("<I")
+
+Description = Mapping[str, Any]
+
+
+def digest_of(*parts: Any) -> bytes:
+    """16 bytes that are equal where the parts are."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def agree(
+    group: Group,
+    operation: Operation,
+    digest: bytes,
+    describe: Callable[[], Description],
+    *,
+    problem: Exception | None = None,
+    payload: bytes = b"",
+) -> list[bytes]:
+    """Exchanges digests and payloads.
+
+    Args:
+        digest: `digest_of` everything that must be equal on all ranks; ignored with a ``problem``.
+        describe: the same as named values, asked for only where ranks differ.
+        problem: what is wrong with this rank's arguments.
+        payload: small, of equal length on all ranks that agree.
+
+    Returns:
+        The payloads of all ranks, in rank order.
+
+    Raises:
+        InvalidArgument: ``problem``, on the rank that has it.
+        CollectiveMismatch: on all other ranks, or on all where digests differ.
+    """
+    record = _HEADER.pack(problem is None, b"" if problem else _salted(operation, digest), len(payload))
+    if len(record) + len(payload) <= group.record_bytes:
+        record += payload
+    records = group.transport.exchange(record.ljust(group.record_bytes, b"\0"), operation)
+    headers = [_HEADER.unpack_from(each) for each in records]
+    if all(header == headers[0] and header[0] for header in headers):
+        if len(record) == _HEADER.size + len(payload):
+            return [each[_HEADER.size : _HEADER.size + len(payload)] for each in records]
+        return group.transport.exchange(payload, operation)
+    details = _exchange_details(group, operation, problem, describe)
+    raise agreed_error(problem) if problem is not None else agreed_error(_difference(group, operation, details))
+
+
+def _salted(operation: Operation, digest: bytes) -> bytes:
+    return hashlib.blake2b(f"{operation}".encode() + digest, digest_size=16).digest()
+
+
+def agreed_error(error: Exception) -> Exception:
+    """Marks an error that all ranks raise at the same point, so that the group stays usable."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def _exchange_details(
+    group: Group, operation: Operation, problem: Exception | None, describe: Callable[[], Description]
+) -> list[dict[str, Any]]:
+    mine: dict[str, Any] = {"operation": operation.name, "number": operation.sequence}
+    mine |= {"problem": f"{type(problem).__name__}: {problem}"} if problem is not None else describe()
+    text = json.dumps(mine, default=str).encode()
+    lengths = [_LENGTH.unpack(each)[0] for each in group.transport.exchange(_LENGTH.pack(len(text)), operation)]
+    texts = group.transport.exchange(text.ljust(max(lengths), b"\0"), operation)
+    return [json.loads(each[:length]) for each, length in zip(texts, lengths, strict=True)]
+
+
+def _difference(group: Group, operation: Operation, details: Sequence[dict[str, Any]]) -> SparsecollError:
+    problems = [f"rank {rank}: {each['problem']}" for rank, each in enumerate(details) if "problem" in each]
+    if problems:
+        return CollectiveMismatch(
+            f"{operation}: expected sound arguments on all ranks, got {'; '.join(problems)} {group.place_of_error}"
+        )
+    for key in details[0] | details[-1]:
+        values = [each.get(key) for each in details]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                where, first, other = _first_difference(values[0], value)
+                return CollectiveMismatch(
+                    f"{operation}: expected equal {key}{where} on all ranks, got {first} on rank 0 and {other} on "
+                    f"rank {rank} {group.place_of_error}"
+                )
+    return CollectiveMismatch(f"{operation}: expected equal arguments on all ranks {group.place_of_error}")
+
+
+def _first_difference(first: Any, other: Any) -> tuple[str, Any, Any]:
+    if isinstance(first, list) and isinstance(other, list) and len(first) == len(other):
+        for index, (a, b) in enumerate(zip(first, other, strict=True)):
+            if a != b:
+                return f"[{index}]", a, b
+    return "", first, other
+

@@ -1,0 +1,81 @@
+"""The only reader of environment variables.
+
+An argument wins over the environment, and the environment over the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparsecoll.errors import InvalidArgument
+
+__all__ = ["Config", "Launcher"]
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a process.
+
+    Attributes:
+        timeout_s: ``SPARSECOLL_TIMEOUT_S``, how long a collective may take before it raises.
+        checked: ``SPARSECOLL_CHECKED``, whether every call starts with an exchange of digests.
+    """
+
+    timeout_s: float = 300.0
+    checked: bool = True
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:
+        """Reads ``SPARSECOLL_*``; unknown names and unreadable values raise `InvalidArgument`."""
+        environ = os.environ if environ is None else environ
+        config = cls()
+        for name, text in environ.items():
+            if not name.startswith("SPARSECOLL_"):
+                continue
+            if name == "SPARSECOLL_TIMEOUT_S":
+                config = cls(_positive_float(name, text), config.checked)
+            elif name == "SPARSECOLL_CHECKED":
+                config = cls(config.timeout_s, _boolean(name, text))
+            else:
+                raise InvalidArgument(f"config: expected SPARSECOLL_TIMEOUT_S or SPARSECOLL_CHECKED, got {name}")
+        return config
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What started this process: ``mpirun``, ``torchrun`` or nothing (``alone``)."""
+
+    name: str
+
+    # Hydra (MPICH, Intel MPI), PRRTE and Open MPI, and Slurm's PMIx plug-in each leave one of these.
+    _MPI = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+    _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Launcher:
+        environ = os.environ if environ is None else environ
+        if any(name in environ for name in cls._MPI):
+            return cls("mpirun")
+        if all(name in environ for name in cls._TORCHRUN):
+            return cls("torchrun")
+        return cls("alone")
+
+
+def _positive_float(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise InvalidArgument(f"config: expected {name} to be a positive number, got {text!r}")
+    return value
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    raise InvalidArgument(f"config: expected {name} to be 0 or 1, got {text!r}")

@@ -1,0 +1,366 @@
+"""Group: the ranks that take part, their transport and topology, and the one order of their operations."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from sparsecoll.arena import Arena
+from sparsecoll.config import Config, Launcher
+from sparsecoll.errors import BackendUnavailable, CollectiveMismatch, InvalidArgument, SparsecollError, TransportError
+from sparsecoll.topology import Topology
+from sparsecoll.transport.base import Counters, Operation, Transport
+from sparsecoll.transport.local import LocalTransport, LocalWorld
+from sparsecoll.transport.local import run_local as run_local_transports
+from sparsecoll.work import Work
+
+__all__ = ["Group", "default_group", "init_group", "resolve_group", "run_local"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("sparsecoll")
+_HOST_BYTES = 64
+
+
+class Group:
+    """Ranks that communicate, in one order of operations.
+
+    Operations run one after the other in the order in which they were issued, the same on every rank. Blocking ones
+    run on the caller's thread when nothing is in flight; with ``async_op`` they run on the group's own thread.
+
+    Attributes:
+        transport: moves the bytes.
+        topology: which ranks share a node, and link speeds.
+        timeout_s: for operations that name none.
+        checked: whether every call starts with an exchange of digests.
+        arena: staging memory of the operation that runs.
+    """
+
+    def __init__(
+        self, transport: Transport, topology: Topology | None = None, *, timeout_s: float, checked: bool
+    ) -> None:
+        self.transport = transport
+        self.timeout_s = timeout_s
+        self.checked = checked
+        self.arena = Arena()
+        self._sequence = 0
+        self._in_flight = 0
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._broken: str | None = None
+        self._closed = False
+        # Records of all operations have one length, so that ranks in different operations still understand each other.
+        self._record_bytes = 64 + 16 * self.world_size
+        discovered = self._discover_topology()
+        self.topology = discovered if topology is None else topology
+        if self.topology.world_size != self.world_size:
+            raise InvalidArgument(
+                f"Group: expected a topology of {self.world_size} ranks, got {topology} {self.place_of_error}"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.transport.world_size
+
+    @property
+    def backend(self) -> str:
+        """``local``, ``torch`` or ``mpi``."""
+        return self.transport.backend
+
+    @property
+    def record_bytes(self) -> int:
+        """Length of the records that `sparsecoll.collectives.agreement` exchanges."""
+        return self._record_bytes
+
+    def reserve_record(self, num_bytes: int) -> None:
+        """Makes room for records of ``num_bytes``; collective, with an equal argument on all ranks."""
+        self._record_bytes = max(self._record_bytes, num_bytes)
+
+    def operation(self, name: str, timeout_s: float | None = None) -> Operation:
+        """Numbers the next operation; called in the same order on all ranks.
+
+        Raises:
+            InvalidArgument: the group is closed, or the timeout is not positive.
+            TransportError: an earlier operation failed midway, so that ranks may stand at different points.
+        """
+        if self._closed:
+            raise InvalidArgument(f"{name}: expected an open group, got a closed one {self.place_of_error}")
+        if self._broken is not None:
+            raise TransportError(f"{name}: the group is unusable since {self._broken} {self.place_of_error}")
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        if not limit > 0:
+            raise InvalidArgument(f"{name}: expected timeout_s > 0, got {timeout_s} {self.place_of_error}")
+        self._sequence += 1
+        return Operation(name, self._sequence, limit)
+
+    @property
+    def place_of_error(self) -> str:
+        """``(rank 3/8)``, for error messages."""
+        return f"(rank {self.rank}/{self.world_size})"
+
+    def run(self, operation: Operation, body: Callable[[], T]) -> T:
+        """Runs ``body`` after everything that is in flight, and returns what it returns."""
+        if self._in_flight == 0:
+            return self._guarded(operation, body)
+        return self.start(operation, body).result()
+
+    def start(self, operation: Operation, body: Callable[[], Any]) -> Work:
+        """Runs ``body`` on the group's thread after everything that is in flight."""
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._serve, name=f"sparsecoll-{self.rank}", daemon=True)
+            self._worker.start()
+        work = Work(str(operation))
+        self._in_flight += 1
+
+        def run() -> None:
+            try:
+                result = self._guarded(operation, body)
+            except BaseException as error:
+                self._in_flight -= 1
+                work.finish(exception=error)
+            else:
+                self._in_flight -= 1
+                work.finish(result)
+
+        self._queue.put(run)
+        return work
+
+    def exchange(self, record: bytes, name: str = "exchange", timeout_s: float | None = None) -> list[bytes]:
+        """Gives every rank the equally long records of all, in rank order."""
+        operation = self.operation(name, timeout_s)
+        return self.run(operation, lambda: self.transport.exchange(record, operation))
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over all ranks, summed in rank order; for metrics."""
+        values = self.exchange(struct.pack("<d", value), "mean")
+        return float(sum(struct.unpack("<d", each)[0] for each in values) / self.world_size)
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        """Returns when all ranks have called it."""
+        self.exchange(b"\0", "barrier", timeout_s)
+
+    def stats(self) -> Counters:
+        """What this rank has sent and received so far, as the transport counted it."""
+        return self.transport.counters.snapshot()
+
+    def close(self) -> None:
+        """Lets operations in flight end (each has its timeout) and gives back threads and buffers. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._worker is not None:
+            self._queue.put(None)
+            self._worker.join()
+        self.transport.close()
+        _forget_default(self)
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Group(rank={self.rank}, world_size={self.world_size}, backend={self.backend!r})"
+
+    def _serve(self) -> None:
+        while (job := self._queue.get()) is not None:
+            job()
+
+    def _guarded(self, operation: Operation, body: Callable[[], T]) -> T:
+        if self._broken is not None:
+            raise TransportError(f"{operation}: the group is unusable since {self._broken} {self.place_of_error}")
+        try:
+            return body()
+        except BaseException as error:
+            if not _is_agreed(error):
+                self._broken = f"{operation}: {type(error).__name__}: {error}"
+                self.transport.abort(self._broken)
+            raise
+
+    def _discover_topology(self) -> Topology:
+        """One node per host name; also where ranks find out that they were started with different settings."""
+        host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
+        records = self.exchange(host + bytes([self.checked]), "init_group")
+        for rank, record in enumerate(records):
+            if record[-1] != records[0][-1]:
+                raise CollectiveMismatch(
+                    f"init_group: expected equal checked on all ranks, got {bool(records[0][-1])} on rank 0 and "
+                    f"{bool(record[-1])} on rank {rank} {self.place_of_error}"
+                )
+        return Topology.from_hosts([record.hex() for record in records])
+
+
+def _is_agreed(error: BaseException) -> bool:
+    """Whether all ranks raise at the same point, so that the group stays usable."""
+    return isinstance(error, SparsecollError) and getattr(error, "agreed", False)
+
+
+_local_default: contextvars.ContextVar[Group | None] = contextvars.ContextVar("sparsecoll_group", default=None)
+_adopted: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
+
+
+class _ProcessDefault:
+    """The process's default group, as torch.distributed has one; threads as ranks have their own."""
+
+    group: Group | None = None
+
+
+def default_group() -> Group:
+    """What ``group=None`` means.
+
+    Raises:
+        InvalidArgument: `init_group` has not been called.
+    """
+    group = _local_default.get() or _ProcessDefault.group
+    if group is None:
+        raise InvalidArgument("group: expected a default group; call sparsecoll.init_group() first")
+    return group
+
+
+def _forget_default(group: Group) -> None:
+    if _ProcessDefault.group is group:
+        _ProcessDefault.group = None
+    if _local_default.get() is group:
+        _local_default.set(None)
+
+
+def init_group(
+    backend: str = "auto",
+    *,
+    timeout_s: float | None = None,
+    checked: bool | None = None,
+    topology: Topology | None = None,
+) -> Group:
+    """Makes the default group of all ranks that the launcher started.
+
+    Collective: all ranks call it.
+
+    Args:
+        backend: ``auto`` takes ``mpi`` under mpirun, ``torch`` under torchrun or where torch.distributed is
+            initialised, and a world of one elsewhere; or ``mpi``, ``torch`` (Gloo), ``local`` (a world of one; for
+            threads as ranks see `run_local`).
+        timeout_s: for operations that name none, and for the start; by default ``SPARSECOLL_TIMEOUT_S`` or 300.
+        checked: whether every call starts with an exchange of digests, so that a mismatch or a bad argument on one
+            rank raises on all before payload moves; by default ``SPARSECOLL_CHECKED`` or True.
+        topology: nodes and links; by default ranks of one host name share a node.
+
+    Raises:
+        BackendUnavailable: the back end is not installed.
+        CollectiveTimeout: a rank did not arrive in time.
+    """
+    config = Config.from_environment()
+    limit = config.timeout_s if timeout_s is None else timeout_s
+    transport = _make_transport(_choose_backend() if backend == "auto" else backend, limit)
+    group = Group(transport, topology, timeout_s=limit, checked=config.checked if checked is None else checked)
+    _ProcessDefault.group = group
+    if group.rank == 0:
+        _log.info("%s, timeout_s=%s, checked=%s", group, group.timeout_s, group.checked)
+    return group
+
+
+def _choose_backend() -> str:
+    launcher = Launcher.from_environment().name
+    if launcher == "mpirun":
+        return "mpi"
+    if launcher == "torchrun" or _torch_is_initialised():
+        return "torch"
+    return "local"
+
+
+def _torch_is_initialised() -> bool:
+    import sys
+
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _make_transport(backend: str, timeout_s: float) -> Transport:
+    if backend == "local":
+        return LocalTransport(LocalWorld(1), 0)
+    if backend == "torch":
+        from sparsecoll.transport import torch as torch_transport
+
+        torch_transport.init_process_group(timeout_s)
+        return torch_transport.TorchTransport(torch_transport.own_group(timeout_s))
+    if backend == "mpi":
+        from sparsecoll.transport import mpi as mpi_transport
+
+        return mpi_transport.MpiTransport(mpi_transport.world())
+    if backend == "nccl":
+        raise BackendUnavailable("init_group: the nccl back end is not part of this version; use torch or mpi")
+    raise InvalidArgument(f"init_group: expected backend auto, local, torch or mpi, got {backend!r}")
+
+
+def resolve_group(group: Any) -> Group:
+    """A Group from what users have: a Group, None (the default), a torch ProcessGroup, a one-dimensional DeviceMesh
+    or an mpi4py communicator. Foreign ones are wrapped once, at first use, which is collective over their ranks.
+
+    Raises:
+        InvalidArgument: anything else, or a mesh of several axes.
+    """
+    if group is None:
+        return default_group()
+    if isinstance(group, Group):
+        return group
+    kind = type(group).__module__.split(".")[0]
+    if kind == "torch":
+        process_group = _process_group_of(group)
+        if process_group not in _adopted:
+            from sparsecoll.transport.torch import TorchTransport
+
+            _adopted[process_group] = _adopt(TorchTransport(process_group))
+        return _adopted[process_group]
+    if kind == "mpi4py":
+        from sparsecoll.transport import mpi as mpi_transport
+
+        return mpi_transport.attached(group, lambda transport: _adopt(transport))
+    raise InvalidArgument(
+        f"group: expected a Group, None, a ProcessGroup, a DeviceMesh axis or an mpi4py communicator, got {group!r}"
+    )
+
+
+def _process_group_of(group: Any) -> Any:
+    if not hasattr(group, "get_group"):
+        return group
+    if group.ndim != 1:
+        raise InvalidArgument(f"group: expected one axis of a DeviceMesh (mesh['axis']), got {group.ndim} axes")
+    return group.get_group()
+
+
+def _adopt(transport: Transport) -> Group:
+    config = Config.from_environment()
+    return Group(transport, timeout_s=config.timeout_s, checked=config.checked)
+
+
+def run_local(
+    fn: Callable[[Group], T],
+    world_size: int,
+    *,
+    timeout_s: float = 60.0,
+    checked: bool = True,
+    topology: Topology | None = None,
+) -> list[T]:
+    """Runs ``fn(group)`` on ``world_size`` threads as ranks and returns their results in rank order.
+
+    Each thread's group is its default group. The first exception of a rank ends the others with `PeerFailure` and is
+    raised here.
+    """
+
+    def rank_main(transport: Transport) -> T:
+        with Group(transport, topology, timeout_s=timeout_s, checked=checked) as group:
+            _local_default.set(group)
+            return fn(group)
+
+    return run_local_transports(rank_main, world_size, timeout_s=timeout_s)

@@ -1,0 +1,224 @@
+"""The experts of a layer and their grouped feed-forward.
+
+[Note: rows] An expert's weights are one *row*: a tuple of its matrices, ``(first [width * I, D], second [D, I])``.
+Compute takes a sequence of rows and asks nothing about where they live, so that the experts a rank owns (in
+parameters) and its replicas (in another buffer) are computed together.
+
+Legend: ``E`` experts, ``n`` experts here, ``N`` assignments, ``D`` model dim, ``I`` hidden dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparsecoll.errors import SparsecollError
+from sparsecoll.moe.activation import Activation, find_activation
+from sparsecoll.moe.grouped import Groups, grouped_product, grouped_weight_gradient
+
+__all__ = ["Experts", "GroupedFFN", "Row", "grouped_backward", "grouped_forward", "rows_of"]
+
+Row = tuple[Tensor, ...]
+
+
+def rows_of(weights: Sequence[Tensor]) -> list[Row]:
+    """Views of stacked weights ``[n, ...]``, one row for each expert."""
+    return list(zip(*(weight.unbind() for weight in weights), strict=True))
+
+
+@torch.no_grad()
+def grouped_forward(
+    x: Tensor, counts: Sequence[int], rows: Sequence[Row], activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Feeds each expert its tokens.
+
+    Args:
+        x: ``[N, D]``, contiguous, sorted by expert.
+        counts: ``[n]``, how many rows of ``x`` belong to each expert.
+        rows: ``[n]``, see [Note: rows]; all of ``x``'s dtype.
+
+    Returns:
+        ``y`` ``[N, D]``, and the pre-activation ``[N, width * I]`` that `grouped_backward` wants.
+    """
+    groups = Groups(counts, x.device)
+    h = grouped_product(x, [first.t() for first, _ in rows], groups)
+    y = grouped_product(activation.forward(h), [second.t() for _, second in rows], groups)
+    return y, h
+
+
+@torch.no_grad()
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    counts: Sequence[int],
+    rows: Sequence[Row],
+    activation: Activation,
+    grad_rows: Sequence[Row] | None,
+    need_dx: bool,
+) -> Tensor | None:
+    """The mirror of `grouped_forward`; the activation is computed again.
+
+    Args:
+        dy: ``[N, D]``, contiguous.
+        saved: what `grouped_forward` returned; left as it is.
+        grad_rows: where each expert's weight gradients are *written*, zeros for one without tokens; None for none.
+
+    Returns:
+        ``dx`` ``[N, D]``, or None without ``need_dx``.
+    """
+    groups = Groups(counts, x.device)
+    dh, activated = activation.backward(grouped_product(dy, [second for _, second in rows], groups), saved)
+    if grad_rows is not None:
+        grouped_weight_gradient(dy, activated, groups, [second for _, second in grad_rows])
+        del activated
+        grouped_weight_gradient(dh, x, groups, [first for first, _ in grad_rows])
+    return grouped_product(dh, [first for first, _ in rows], groups) if need_dx else None
+
+
+class GroupedFFN(torch.autograd.Function):
+    """`grouped_forward` over stacked weights ``[n, ...]``: ``apply(x, counts, activation, first, second)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], activation: Activation, *weights: Tensor) -> Tensor:
+        x = x.contiguous()
+        y, h = grouped_forward(x, counts, rows_of(weights), activation)
+        ctx.save_for_backward(x, h, *weights)
+        ctx.counts, ctx.activation = counts, activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *weights = ctx.saved_tensors
+        need_dx, _, _, *need_weights = ctx.needs_input_grad
+        gradients = [torch.empty_like(weight) for weight in weights] if any(need_weights) else None
+        dx = grouped_backward(
+            dy.contiguous(),
+            x,
+            h,
+            ctx.counts,
+            rows_of(weights),
+            ctx.activation,
+            None if gradients is None else rows_of(gradients),
+            need_dx,
+        )
+        return dx, None, None, *(gradients if gradients is not None else [None for _ in weights])
+
+
+class Experts(nn.Module):
+    """Owns the weights of a layer's experts, stacked: one parameter for each name, a row for each expert.
+
+    The state dict has one key for each *expert* and name, ``{expert}.{name}``, whatever rows the parameters have:
+    expert numbers are global, and a model that is sharded over ranks has the keys of one that is not.
+
+    Attributes:
+        num_experts: of the layer, over all ranks.
+        owned: the expert of each row of the parameters, all experts unless a wrapper shards them.
+        gather_rows: gives the rows of the state dict, expert to row, where the parameters do not have them all.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: str = "swiglu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = find_activation(activation)
+        self.num_experts = num_experts
+        self.owned: Sequence[int] = range(num_experts)
+        self.gather_rows: Callable[[], Mapping[int, Row]] | None = None
+        first, second = self.weight_names
+        self.register_parameter(
+            first,
+            nn.Parameter(torch.empty(num_experts, self.activation.width * hidden_dim, dim, device=device, dtype=dtype)),
+        )
+        self.register_parameter(
+            second, nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
+        )
+        self.reset_parameters()
+
+    @property
+    def weight_names(self) -> tuple[str, str]:
+        return self.activation.weight_names
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The stacked parameters, in the order in which a row has its matrices."""
+        return tuple(self.get_parameter(name) for name in self.weight_names)
+
+    def reset_parameters(self) -> None:
+        """Draws each expert's matrices as `torch.nn.Linear` does."""
+        for weight in self.weights:
+            bound = 1 / math.sqrt(weight.shape[-1])
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Computes ``x`` ``[N, D]``, sorted by expert, with ``counts[e]`` rows for each row of the parameters."""
+        y: Tensor = GroupedFFN.apply(x, counts, self.activation, *self.weights)
+        return y
+
+    def extra_repr(self) -> str:
+        _, dim, hidden_dim = self.get_parameter(self.weight_names[1]).shape
+        return f"{self.num_experts}, dim={dim}, hidden_dim={hidden_dim}, activation={self.activation.name}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.gather_rows is not None:
+            rows = self.gather_rows()
+        elif len(self.owned) == self.num_experts:
+            rows = dict(zip(self.owned, rows_of(self.weights), strict=True))
+        else:
+            raise SparsecollError(
+                f"Experts.state_dict: expected gather_rows to supply all {self.num_experts} experts, "
+                f"got none and {len(self.owned)} of them here"
+            )
+        for expert in sorted(rows):
+            for name, matrix in zip(self.weight_names, rows[expert], strict=True):
+                destination[f"{prefix}{expert}.{name}"] = matrix if keep_vars else matrix.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Copies the owned experts, each of them as a whole or not at all; other experts' keys are left alone."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if local_metadata.get("assign_to_params_buffers", False):
+            error_msgs.append(
+                f"{prefix}*: expected assign=False, for experts are copied into stacked parameters, got True"
+            )
+            return
+        for expert, row in zip(self.owned, rows_of(self.weights), strict=True):
+            keys = [f"{prefix}{expert}.{name}" for name in self.weight_names]
+            missing = [key for key in keys if key not in state_dict]
+            misshapen = [
+                f"{key}: expected shape {list(matrix.shape)}, got {list(state_dict[key].shape)}"
+                for key, matrix in zip(keys, row, strict=True)
+                if key in state_dict and state_dict[key].shape != matrix.shape
+            ]
+            missing_keys.extend(missing if strict else ())
+            error_msgs.extend(misshapen)
+            if missing or misshapen:
+                continue
+            with torch.no_grad():
+                for key, matrix in zip(keys, row, strict=True):
+                    matrix.copy_(state_dict[key])
+        if strict:
+            known = {f"{prefix}{expert}.{name}" for expert in range(self.num_experts) for name in self.weight_names}
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
