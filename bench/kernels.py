@@ -280,7 +280,10 @@ def _combine_backward(size: int, dtype: str, generator: torch.Generator) -> Iter
         expected = products.sum(1)
         scale = products.abs().sum(1)
         tolerance = 1e-6 if dtype == "float32" else 2**-8
-        near = ((d_weight.double() - expected).abs() <= tolerance * (scale if dtype == "float32" else expected.abs() + 1e-3 * scale)).all()
+        near = (
+            (d_weight.double() - expected).abs()
+            <= tolerance * (scale if dtype == "float32" else expected.abs() + 1e-3 * scale)
+        ).all()
         moved = torch.empty_like(d_source)
         moved[position] = (spread.float() * weight.float()[:, None]).to(source.dtype)
         return bool(near) and torch.equal(d_source, moved)
@@ -292,9 +295,7 @@ def _combine_in_torch(source: torch.Tensor, position: torch.Tensor, weight: torc
     return (source.index_select(0, position) * weight[:, None]).view(-1, _TOP_K, _DIM).sum(1)
 
 
-def _routed(
-    size: int, dtype: str, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+def _routed(size: int, dtype: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Experts' rows ``[A, D]``, where each assignment's row is ``[A]``, weights ``[A]``, and T."""
     torch_dtype = _DTYPES[dtype]
     num_tokens = size // (_TOP_K * _DIM * torch_dtype.itemsize)

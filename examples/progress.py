@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from history import History
 
@@ -20,7 +21,7 @@ class Progress:
         self.tokens_per_step = tokens_per_step
         self.visible = visible
         self._stack = ExitStack()
-        self._live = None
+        self._live: Any = None
         if visible and sys.stdout.isatty():
             from rich.live import Live
 
@@ -52,7 +53,7 @@ class Progress:
             f"{history.sparse_bytes[-1] / 1e6:.1f} MB",
         )
 
-    def _table(self, step: int, histories: Sequence[History]):
+    def _table(self, step: int, histories: Sequence[History]) -> Any:
         from rich.table import Table
 
         table = Table(*COLUMNS, title=f"step {step + 1} of {self.num_steps}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from history import History
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 FSSDP_COLOR, EP_COLOR, QUIET = "#0072B2", "#D55E00", "#666666"  # from Okabe and Ito's colour-blind-safe palette
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -31,8 +33,7 @@ STYLE = {
 def draw_report(path: Path, fssdp: History, ep: History, heldout_loss: float, bigram_entropy: float) -> None:
     """Writes the picture to ``path``."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 8), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.04, hspace=0.06)
+        figure = Figure(figsize=(12, 8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15))
         ((loss, load), (moved, time)) = figure.subplots(2, 2)
         _draw_loss(loss, fssdp, ep, heldout_loss, bigram_entropy)
         _draw_load(load, fssdp)
@@ -90,7 +91,7 @@ def _draw_time(axes: Axes, fssdp: History, ep: History) -> None:
     last = max(np.percentile(each, 97) for each in times)
     bins = np.linspace(min(each.min() for each in times), last, 36)
     for run, color, each, median in zip((fssdp, ep), (FSSDP_COLOR, EP_COLOR), times, medians, strict=True):
-        axes.hist(each, bins, color=color, alpha=0.45, label=f"{run.name}: median {median:.0f} ms")
+        axes.hist(each, bins.tolist(), color=color, alpha=0.45, label=f"{run.name}: median {median:.0f} ms")
         axes.axvline(median, ymax=0.75, color=color, linewidth=2)
     beyond = sum(int((each > last).sum()) for each in times)
     axes.set(xlabel=f"time of a step (ms); {beyond} slower ones lie beyond the edge", ylabel="steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -12,7 +13,13 @@ from model import ModelConfig, MoELanguageModel
 import sparsecoll as sc
 
 LEARNING_RATE = 6e-3
+WARM_UP_STEPS = 20
 NUM_HELDOUT_BATCHES = 16
+
+
+def rate(step: int, num_steps: int) -> float:
+    """The learning rate's factor at ``step``: up in a line, then down to 0 along half a cosine."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
 class Trainer:
@@ -23,9 +30,7 @@ class Trainer:
         self.group = group
         self.model = sc.FSSDP(MoELanguageModel(ModelConfig()), group=group, **options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=LEARNING_RATE, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, num_steps))
         self.history = History(name)
 
     def step(self, rows: torch.Tensor) -> None:

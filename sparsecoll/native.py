@@ -120,9 +120,7 @@ def sum_views(
     if sources_are_partial is None:
         sources_are_partial = [False] * len(sources)
     elif len(sources_are_partial) != len(sources):
-        raise InvalidArgument(
-            f"sum_views: expected {len(sources)} sources_are_partial, got {len(sources_are_partial)}"
-        )
+        raise InvalidArgument(f"sum_views: expected {len(sources)} sources_are_partial, got {len(sources_are_partial)}")
     element, partial = itemsize(dtype), accumulation_itemsize(dtype)
     begin = _view_address("destination", destination)
     if not destination.flags.writeable:
@@ -140,9 +138,7 @@ def sum_views(
         if overlaps and (address, source.nbytes) != (begin, destination.nbytes):
             raise InvalidArgument("sum_views: expected a destination apart from or equal to each source, got overlap")
         addresses.append(address)
-    sum_rows(
-        begin, destination_is_partial, addresses, sources_are_partial, num_elements, dtype, divisor, num_threads
-    )
+    sum_rows(begin, destination_is_partial, addresses, sources_are_partial, num_elements, dtype, divisor, num_threads)
 
 
 def sort_by_expert(expert_ids: int, num_assignments: int, num_experts: int, order: int, counts: int) -> None:
@@ -217,7 +213,7 @@ def combine(
     if num_tokens and dim:
         _check_addresses("combine", destination=destination)
         if top_k:
-            _check_addresses("combine", position=position)
+            _check_addresses("combine", source=source, position=position)
         _native.combine(destination, source, position, weight, num_tokens, top_k, dim, dtype, num_threads)
 
 
@@ -250,6 +246,10 @@ def combine_backward(
     _check_routing("combine_backward", num_tokens, top_k, dim, dtype, num_threads)
     if num_tokens and top_k:
         _check_addresses("combine_backward", position=position)
+        if dim:
+            _check_addresses("combine_backward", d_source=d_source, d_destination=d_destination)
+            if d_weight:
+                _check_addresses("combine_backward", source=source)
         _native.combine_backward(
             d_source, d_weight, d_destination, source, position, weight, num_tokens, top_k, dim, dtype, num_threads
         )

@@ -6,7 +6,9 @@ so that they are exact in every dtype; expected results come from `sparsecoll.re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,11 @@ INTEGERS = ["int8", "int16", "int32", "int64", "uint8"]
 
 def placements(world_size: int) -> dict[str, sc.Placement]:
     """Named cases: counts that are zero, one, uneven and larger than the world."""
-    everyone = range(world_size)
+    # With very many ranks only some hold replicas, or messages would number in the ten thousands.
+    everyone = range(0, world_size, max(1, world_size // 16))
     random = np.random.default_rng(world_size)
     owners = random.integers(0, world_size, 11)
-    mask = random.random((11, world_size)) < 0.4
+    mask = random.random((11, world_size)) < min(0.4, 6 / world_size)
     mask[np.arange(11), owners] = True
     return {
         "none at all": sc.Placement.even(0, world_size),
@@ -57,41 +60,63 @@ def exact(tensor: torch.Tensor) -> np.ndarray:
     return tensor.to(torch.float64).numpy()
 
 
+_oracle_lock = threading.Lock()
+
+
+@lru_cache(maxsize=None)
+def _gathered(place: sc.Placement, size: int, dtype: str) -> list[np.ndarray]:
+    ranks = range(place.world_size)
+    shards = [[exact(row(c, r, size, dtype)) for c in place.owned_by(r)] for r in ranks]
+    return [np.array(each).reshape(-1, size) for each in reference.all_gather(shards, place)]
+
+
+@lru_cache(maxsize=None)
+def _reduced(place: sc.Placement, size: int, dtype: str, op: str) -> list[np.ndarray]:
+    ranks = range(place.world_size)
+    held = [[exact(row(c, r, size, dtype)) for c in place.held_by(r)] for r in ranks]
+    return [np.array(each).reshape(-1, size) for each in reference.reduce_scatter(held, place, op=op)]
+
+
 def gather_expectation(place: sc.Placement, size: int, dtype: str, rank: int) -> np.ndarray:
-    shards = [[exact(row(c, r, size, dtype)) for c in place.owned_by(r)] for r in range(place.world_size)]
-    return np.array(reference.all_gather(shards, place)[rank]).reshape(-1, size)
+    with _oracle_lock:  # Threads as ranks share the answer instead of each computing it.
+        return _gathered(place, size, dtype)[rank]
 
 
 def reduce_expectation(place: sc.Placement, size: int, dtype: str, rank: int, op: str) -> np.ndarray:
-    held = [[exact(row(c, r, size, dtype)) for c in place.held_by(r)] for r in range(place.world_size)]
-    return np.array(reference.reduce_scatter(held, place, op=op)[rank]).reshape(-1, size)
+    with _oracle_lock:
+        return _reduced(place, size, dtype, op)[rank]
+
+
+def variants(world_size: int, dtypes: list[str]) -> list[tuple[str, str]]:
+    """Algorithms and dtypes to combine; with many threads as ranks, not all of them."""
+    if world_size > 16:
+        return [("direct", "bfloat16"), ("direct", "int64"), ("auto", "float32")]
+    return [(algorithm, dtype) for algorithm in ("direct", "dense", "auto") for dtype in dtypes]
 
 
 def check_all_gather(group: sc.Group) -> None:
     for name, place in placements(group.world_size).items():
-        for algorithm in ("direct", "dense", "auto"):
-            for dtype in [*FLOATS, "int8", "int64"]:
-                shard = rows(place.owned_by(group.rank), group.rank, 17, dtype)
-                held = sc.sparse_all_gather(shard, place, group=group, algorithm=algorithm)
-                assert held.dtype == shard.dtype, name
-                np.testing.assert_array_equal(exact(held), gather_expectation(place, 17, dtype, group.rank), name)
+        for algorithm, dtype in variants(group.world_size, [*FLOATS, "int8", "int64"]):
+            shard = rows(place.owned_by(group.rank), group.rank, 17, dtype)
+            held = sc.sparse_all_gather(shard, place, group=group, algorithm=algorithm)
+            assert held.dtype == shard.dtype, name
+            np.testing.assert_array_equal(exact(held), gather_expectation(place, 17, dtype, group.rank), name)
 
 
 def check_reduce_scatter(group: sc.Group) -> None:
     for name, place in placements(group.world_size).items():
-        for algorithm in ("direct", "dense", "auto"):
-            for dtype in [*FLOATS, *INTEGERS]:
-                held = rows(place.held_by(group.rank), group.rank, 17, dtype)
-                if dtype in ("int8", "uint8"):
-                    held = held % 2
-                out = torch.full((len(place.owned_by(group.rank)), 17), 99, dtype=held.dtype)
-                owned = sc.sparse_reduce_scatter(held, place, group=group, algorithm=algorithm, out=out)
-                assert owned is out
-                if dtype not in ("int8", "uint8"):
-                    expected = reduce_expectation(place, 17, dtype, group.rank, "sum")
-                    if dtype in ("bfloat16", "float16") and group.world_size > 16:
-                        expected = exact(torch.from_numpy(expected).to(held.dtype))
-                    np.testing.assert_array_equal(exact(owned), expected, f"{name} {algorithm} {dtype}")
+        for algorithm, dtype in variants(group.world_size, [*FLOATS, *INTEGERS]):
+            held = rows(place.held_by(group.rank), group.rank, 17, dtype)
+            if dtype in ("int8", "uint8"):
+                held = held % 2
+            out = torch.full((len(place.owned_by(group.rank)), 17), 99, dtype=held.dtype)
+            owned = sc.sparse_reduce_scatter(held, place, group=group, algorithm=algorithm, out=out)
+            assert owned is out
+            if dtype not in ("int8", "uint8"):
+                expected = reduce_expectation(place, 17, dtype, group.rank, "sum")
+                if dtype in ("bfloat16", "float16") and group.world_size > 16:
+                    expected = exact(torch.from_numpy(expected).to(held.dtype))
+                np.testing.assert_array_equal(exact(owned), expected, f"{name} {algorithm} {dtype}")
 
 
 def check_mean(group: sc.Group) -> None:
@@ -133,7 +158,7 @@ def check_chunks(group: sc.Group) -> None:
 def check_bytes_sent(group: sc.Group) -> None:
     """What the transport counted is what the Plan said, to the byte and the message."""
     for place in placements(group.world_size).values():
-        for algorithm in ("direct", "dense"):
+        for algorithm in ("direct", "dense") if group.world_size <= 16 else ("direct",):
             shard = rows(place.owned_by(group.rank), group.rank, 5, "float16")
             plan = sc.plan_all_gather(place, 10, group.topology, algorithm)
             before = group.stats()
@@ -182,7 +207,8 @@ def check_tuple_and_list(group: sc.Group) -> None:
 
 
 def check_numpy_and_out(group: sc.Group) -> None:
-    place = placements(group.world_size)["all held by all"]
+    num_chunks = group.world_size + 2
+    place = sc.Placement.even(num_chunks, group.world_size).replicate(dict.fromkeys(range(num_chunks), range(group.world_size)))
     shard = exact(rows(place.owned_by(group.rank), group.rank, 9, "float32")).astype(np.float32)
     out = np.full((place.num_chunks, 9), np.nan, np.float32)
     result = sc.sparse_all_gather(shard, place, group=group, out=out)
@@ -234,6 +260,8 @@ def check_all_to_all(group: sc.Group) -> None:
         "all to one": np.where(np.arange(world_size)[None, :] == 0, 5, 0).repeat(world_size, 0),
         "large": np.full((world_size, world_size), 4000 // world_size),
     }
+    if world_size > 16:
+        matrices = {"sparse": random.integers(0, 4, (world_size, world_size)) * (random.random((world_size,) * 2) < 0.1)}
     for name, counts in matrices.items():
         xs = [
             (np.arange(counts[src].sum() * 3).reshape(-1, 3) + 1000 * src).astype(np.float64)
@@ -287,9 +315,9 @@ def check_bitwise_repeatable(group: sc.Group) -> None:
     """For one Plan, sums of awkward numbers are the same bits every time; digests of them can be compared outside."""
     place = placements(group.world_size)["all held by all"]
     for dtype in FLOATS:
-        for algorithm in ("direct", "dense"):
+        for algorithm in ("direct", "dense") if group.world_size <= 16 else ("direct",):
             seeded = torch.Generator().manual_seed(group.rank)
-            held = torch.randn((place.num_chunks, 1025), generator=seeded, dtype=torch.float64)
+            held = torch.randn((len(place.held_by(group.rank)), 1025), generator=seeded, dtype=torch.float64)
             held = (held * 10 ** (held * 3)).to(getattr(torch, dtype))
             first, *others = (
                 sc.sparse_reduce_scatter(held, place, group=group, algorithm=algorithm).view(torch.uint8).numpy()

@@ -84,7 +84,8 @@ def _exchange_details(
     text = json.dumps(mine, default=str).encode()
     lengths = [_LENGTH.unpack(each)[0] for each in group.transport.exchange(_LENGTH.pack(len(text)), operation)]
     texts = group.transport.exchange(text.ljust(max(lengths), b"\0"), operation)
-    return [json.loads(each[:length]) for each, length in zip(texts, lengths, strict=True)]
+    distinct = {each: json.loads(each.rstrip(b"\0")) for each in set(texts)}
+    return [distinct[each] for each in texts]
 
 
 def _difference(group: Group, operation: Operation, details: Sequence[dict[str, Any]]) -> SparsecollError:

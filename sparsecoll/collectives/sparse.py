@@ -226,6 +226,7 @@ class Call:
             {
                 "dtypes": prepared.layout.dtypes,
                 "in_tuples": prepared.layout.in_tuples if value else None,
+                "framework": prepared.layout.framework,
                 "shapes": {chunk: shapes[mine[chunk]] for chunk in prepared.source.segments},
             }
         ).encode()
@@ -239,7 +240,9 @@ class Call:
         if not speakers:
             return replace(prepared, layout=layout, sizes={}, plan=self._plan(group, layout, {}, prepared.subset))
         first_rank, first = speakers[0]
-        layout = Layout("list", layout.framework, tuple(first["dtypes"]), None, first["in_tuples"])
+        # A rank with an empty list has no framework of its own to give results in.
+        framework = layout.framework if value else first["framework"]
+        layout = Layout("list", framework, tuple(first["dtypes"]), None, first["in_tuples"])
         for rank, each in speakers:
             for key in ("dtypes", "in_tuples"):
                 if each[key] != first[key]:

@@ -121,6 +121,7 @@ class _Round:
     def __init__(self) -> None:
         self.records: dict[int, bytes] = {}
         self.signals: dict[int, _Signal] = {}
+        self.leaver: int | None = None
 
     def finish(self, failure: _Failure | None) -> None:
         for signal in self.signals.values():
@@ -142,8 +143,7 @@ class LocalWorld:
 
     def post(self, request: _Request) -> None:
         """Ends ``request`` together with its other side, or leaves it for that one."""
-        peer = request.dst if request.is_send else request.src
-        other = self._mailboxes[request.dst].match(request, lambda: self._obstacle((peer,)))
+        other = self._mailboxes[request.dst].match(request, lambda: self._obstacle((request.src, request.dst)))
         if other is None:
             return
         send, receive = (request, other) if request.is_send else (other, request)
@@ -168,7 +168,12 @@ class LocalWorld:
         signal = _Signal()
         with self._round_lock:
             current = self._round
-            if (failure := self._obstacle(range(self.world_size))) is not None:
+            failure = self._obstacle(range(self.world_size))
+            if failure is None and current.leaver is not None:
+                failure = _Failure(
+                    PeerFailure, f"expected rank {current.leaver} to wait, it has given up this exchange"
+                )
+            if failure is not None:
                 signal.finish(failure)
                 return current, signal
             current.records[rank] = record
@@ -180,13 +185,16 @@ class LocalWorld:
         return current, signal
 
     def leave_round(self, rank: int, current: _Round) -> list[int]:
-        """Takes a record back and says which ranks are missing; none when the round has ended meanwhile."""
+        """Gives up and says which ranks are missing; none when the round has ended meanwhile.
+
+        The record stays, so that those who give up next do not take this rank for missing.
+        """
         with self._round_lock:
             if self._round is not current:
                 return []
-            missing = [other for other in range(self.world_size) if other not in current.records]
-            del current.records[rank], current.signals[rank]
-            return missing
+            current.leaver = rank if current.leaver is None else current.leaver
+            del current.signals[rank]
+            return [other for other in range(self.world_size) if other not in current.records]
 
     def abort(self, rank: int, reason: str) -> None:
         """Ends everything in flight and all that comes later; the first abort counts."""

@@ -11,12 +11,11 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparsecoll.errors import PeerFailure, SparsecollError
 from sparsecoll.transport.base import Operation, Transport, View
 
-__all__ = ["NOTICE_TAG", "NUM_PAYLOAD_TAGS", "Request", "TaggedTransport", "new_notices", "read_notice"]
+__all__ = ["NOTICE_TAG", "NUM_PAYLOAD_TAGS", "Request", "TaggedTransport", "new_notice", "read_notice"]
 
 NUM_PAYLOAD_TAGS = 32768
 # All exchanges share one tag and so match in the order of calls: ranks that disagree about the operation meet here
@@ -83,7 +82,7 @@ class TaggedTransport(Transport):
         if self._ending is not None:
             return
         self._ending = f"rank {self.rank} aborted: {reason}"
-        notice = np.zeros(_NOTICE_BYTES, np.uint8)
+        notice = new_notice()
         text = reason.encode()[: _NOTICE_BYTES - 1] or b"?"
         notice[: len(text)] = np.frombuffer(text, np.uint8)
         operation = Operation("abort", 0, _NOTICE_TIMEOUT_S)
@@ -103,9 +102,9 @@ class TaggedTransport(Transport):
             raise self._error(PeerFailure, operation, f"expected an open transport, {self._ending}")
 
 
-def new_notices(num_peers: int) -> NDArray[np.uint8]:
-    """Room for a notice of abort from each of ``num_peers``, ``[num_peers, bytes]``, empty."""
-    return np.zeros((num_peers, _NOTICE_BYTES), np.uint8)
+def new_notice() -> View:
+    """Room for a notice of abort, empty."""
+    return np.zeros(_NOTICE_BYTES, np.uint8)
 
 
 def read_notice(notice: View) -> str | None:

@@ -18,10 +18,10 @@ import numpy as np
 
 from sparsecoll.errors import BackendUnavailable, CollectiveTimeout, PeerFailure, SparsecollError, TransportError
 from sparsecoll.transport.base import Operation, View
-from sparsecoll.transport.tagged import NOTICE_TAG, Request, TaggedTransport, new_notices, read_notice
+from sparsecoll.transport.tagged import NOTICE_TAG, Request, TaggedTransport, new_notice, read_notice
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
 
 __all__ = ["TorchTransport", "init_process_group", "own_group"]
 
@@ -55,7 +55,7 @@ class TorchTransport(TaggedTransport):
         self._group: ProcessGroup | None = process_group
         self._owned = owned
         # Gloo sends nothing that is not awaited, so the notice of an abort is awaited from the start.
-        self._notices = new_notices(len(self._peers))
+        self._notices = [new_notice() for _ in self._peers]
         start = Operation("TorchTransport", 0, 0.0)
         self._listening = [
             self._start(peer, notice, NOTICE_TAG, start, is_send=False)
@@ -174,7 +174,7 @@ def own_group(timeout_s: float) -> ProcessGroup:
         raise _startup_error(exc, operation) from exc
 
 
-def _await_all(store: Store, rank: int, world_size: int, operation: Operation) -> None:
+def _await_all(store: Any, rank: int, world_size: int, operation: Operation) -> None:
     """Meets all ranks at the store."""
     # A rank's own count of meetings tells one from the next, without a variable of this process.
     meeting = store.add(f"sparsecoll/{operation.name}/{rank}", 1)
@@ -193,9 +193,7 @@ def _await_all(store: Store, rank: int, world_size: int, operation: Operation) -
 
 def _startup_error(exc: Exception, operation: Operation) -> SparsecollError:
     if _TIMED_OUT.search(str(exc)):
-        return CollectiveTimeout(
-            f"{operation.name}: expected all ranks within {operation.timeout_s} s, got {exc}"
-        )
+        return CollectiveTimeout(f"{operation.name}: expected all ranks within {operation.timeout_s} s, got {exc}")
     return TransportError(f"{operation.name}: expected a process group, got {exc}")
 
 

@@ -1,0 +1,168 @@
+"""Starts a function in one process per rank, over Gloo or MPI, and brings back what each rank returned or raised.
+
+    values = spawn("tests.transport_checks:check_exchange", 2, "gloo", timeout_s=30)
+
+The function gets the transport of its rank and the arguments. A start costs about two seconds, so `spawn_checks`
+runs a whole table of functions in one. Nothing outlives a call: no process, no file, no port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.worker import STACKS_SIGNAL, CheckResults, Folder, Job, Outcome
+
+__all__ = ["Outcome", "RanksFailed", "spawn", "spawn_checks"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+_GRACE_S = 2.0
+
+
+class RanksFailed(AssertionError):
+    """At least one rank raised, died or did not end in time; the message has them in the order of their failures.
+
+    Attributes:
+        outcomes: of all ranks, in rank order.
+        timed_out: whether the limit passed.
+        output: what the ranks wrote to stdout and stderr.
+    """
+
+    def __init__(self, job: Job, outcomes: list[Outcome], *, timed_out: bool, output: str) -> None:
+        self.outcomes, self.timed_out, self.output = outcomes, timed_out, output
+        failed = sorted((each for each in outcomes if not each.is_good), key=lambda each: each.ended_s)
+        limit = f" (limit of {job.timeout_s} s passed)" if timed_out else ""
+        parts = [f"{job.target} on {job.world_size} {job.backend} ranks: {len(failed)} failed{limit}"]
+        for each in failed:
+            parts.append(f"--- rank {each.rank}, exit code {each.exit_code}\n{each.traceback}{each.stacks}")
+        super().__init__("\n".join([*parts, "--- output", output]))
+
+
+def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+    """Runs ``module:function`` as ``function(transport, *arguments)`` on every rank.
+
+    Args:
+        backend: ``gloo`` or ``mpi``.
+        timeout_s: wall-clock limit for everything, imports included.
+
+    Returns:
+        What the ranks returned, in rank order.
+
+    Raises:
+        RanksFailed: see there.
+    """
+    job = Job(target, arguments, world_size, backend, timeout_s)
+    with tempfile.TemporaryDirectory(prefix="sparsecoll-") as path:
+        folder = Folder(Path(path))
+        folder.write_job(job)
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for command in _commands(job, folder):
+                processes.append(_start(command, folder.output(len(processes))))
+            timed_out = not _all_ended(processes, time.monotonic() + timeout_s)
+            if timed_out:
+                _ask_for_stacks(folder, world_size)
+            exit_codes = [process.poll() for process in processes]
+        finally:
+            _kill(processes, folder, world_size)
+        outcomes = []
+        for rank in range(world_size):
+            outcome = folder.read_outcome(rank) or Outcome(rank, traceback="(ended without a result)\n")
+            outcome.exit_code = exit_codes[0 if backend == "mpi" else rank]
+            if timed_out and folder.stacks(rank).exists():
+                outcome.stacks = folder.stacks(rank).read_text()
+            outcomes.append(outcome)
+        output = "".join(folder.output(index).read_text(errors="replace") for index in range(len(processes)))
+    if timed_out or not all(outcome.is_good for outcome in outcomes):
+        raise RanksFailed(job, outcomes, timed_out=timed_out, output=output)
+    return [outcome.value for outcome in outcomes]
+
+
+def spawn_checks(checks: Sequence[str], world_size: int, backend: str, *, timeout_s: float = 60.0) -> CheckResults:
+    """Runs each ``module:function`` of ``checks`` as ``function(transport)`` on every rank, all in one start.
+
+    Each check has a transport of its own.
+
+    Returns:
+        For every check None, or the tracebacks of the ranks where it failed.
+    """
+    values = spawn("run_checks", world_size, backend, *checks, timeout_s=timeout_s)
+    results: CheckResults = {}
+    for check in checks:
+        texts = [f"rank {rank}: {value[check]}" for rank, value in enumerate(values) if value[check] is not None]
+        results[check] = "\n".join(texts) or None
+    return results
+
+
+def _commands(job: Job, folder: Folder) -> Iterator[list[str]]:
+    worker = [sys.executable, "-m", "tests.worker", str(folder.path)]
+    if job.backend == "mpi":
+        yield [str(Path(sys.prefix) / "bin" / "mpirun"), "-n", str(job.world_size), *worker]
+    elif job.backend == "gloo":
+        for rank in range(job.world_size):
+            yield [*worker, str(rank)]
+    else:
+        raise ValueError(f"spawn: expected backend gloo or mpi, got {job.backend!r}")
+
+
+def _start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=_ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def _all_ended(processes: list[subprocess.Popen[bytes]], deadline_s: float) -> bool:
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return False
+    return True
+
+
+def _living(folder: Folder, world_size: int) -> Iterator[tuple[int, int]]:
+    """Rank and process of those that still run; the command line tells them from others with a recycled number."""
+    for rank in range(world_size):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(folder.pid(rank).read_text())
+            if str(folder.path).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                yield rank, pid
+
+
+def _ask_for_stacks(folder: Folder, world_size: int) -> None:
+    # A rank with an outcome may be past the end of Python, where the signal would kill it, and with it an MPI job.
+    late = {rank: pid for rank, pid in _living(folder, world_size) if folder.read_outcome(rank) is None}
+    for pid in late.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, STACKS_SIGNAL)
+    deadline_s = time.monotonic() + _GRACE_S
+    while time.monotonic() < deadline_s and any(folder.stacks(rank).stat().st_size == 0 for rank in late):
+        time.sleep(0.02)
+
+
+def _kill(processes: list[subprocess.Popen[bytes]], folder: Folder, world_size: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()  # mpirun then removes what it has started, on this and other hosts
+    _all_ended(processes, time.monotonic() + (0.0 if len(processes) > 1 else _GRACE_S))
+    for _, pid in _living(folder, world_size):  # mpirun gives each rank a process group of its own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for rank in range(world_size):
+        if folder.shared_memory(rank).exists():
+            for path in folder.shared_memory(rank).read_text().split():
+                Path(path).unlink(missing_ok=True)
