@@ -124,14 +124,15 @@ class Group:
         self._in_flight += 1
 
         def run() -> None:
+            before = self.stats()
+            result, failure = None, None
             try:
                 result = self._guarded(operation, body)
             except BaseException as error:
-                self._in_flight -= 1
-                work.finish(exception=error)
-            else:
-                self._in_flight -= 1
-                work.finish(result)
+                failure = error
+            work.moved = self.stats().since(before)
+            self._in_flight -= 1
+            work.finish(result, failure)
 
         self._queue.put(run)
         return work

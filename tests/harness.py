@@ -9,6 +9,7 @@ runs a whole table of functions in one. Nothing outlives a call: no process, no 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -86,19 +87,22 @@ def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s
     return [outcome.value for outcome in outcomes]
 
 
-def spawn_checks(checks: Sequence[str], world_size: int, backend: str, *, timeout_s: float = 60.0) -> CheckResults:
-    """Runs each ``module:function`` of ``checks`` as ``function(transport)`` on every rank, all in one start.
+def spawn_checks(
+    checks: Sequence[str], world_sizes: Sequence[int], backend: str, *, timeout_s: float = 60.0
+) -> CheckResults:
+    """Runs each ``module:function`` of ``checks`` as ``function(transport)`` in worlds of all sizes, in one start.
 
-    Each check has a transport of its own.
+    Each check has a transport of its own; worlds smaller than the largest are groups of its last ranks.
 
     Returns:
-        For every check None, or the tracebacks of the ranks where it failed.
+        For every check and size None, or the tracebacks of the ranks where it failed.
     """
-    values = spawn("run_checks", world_size, backend, *checks, timeout_s=timeout_s)
+    values = spawn("run_checks", max(world_sizes), backend, tuple(checks), tuple(world_sizes), timeout_s=timeout_s)
     results: CheckResults = {}
-    for check in checks:
-        texts = [f"rank {rank}: {value[check]}" for rank, value in enumerate(values) if value[check] is not None]
-        results[check] = "\n".join(texts) or None
+    for key in itertools.product(checks, world_sizes):
+        ranks = values[-key[1] :]
+        texts = [f"rank {rank}: {value[key]}" for rank, value in enumerate(ranks) if value[key] is not None]
+        results[key] = "\n".join(texts) or None
     return results
 
 

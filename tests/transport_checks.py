@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def check_large_ring(transport: Transport) -> None:
 def check_many_operations(transport: Transport) -> None:
     """Random sizes, equal on all ranks, with three operations in flight at a time."""
     random = np.random.default_rng(20_240)
-    in_flight: list[tuple[Operation, list, list[Message], list[Message]]] = []
+    in_flight: list[tuple[Operation, list[Any], list[Message], list[Message]]] = []
 
     def finish() -> None:
         op, requests, receives, _ = in_flight.pop(0)
@@ -244,8 +245,8 @@ def _end_together(transport: Transport) -> None:
     if transport.rank == 0:
         transport.abort("rank 0 is through")
         return
-    op = operation("end")
-    with _soon(), pytest.raises(PeerFailure, match="rank 0"):
+    op = operation("end", sequence=1)
+    with _Soon(), pytest.raises(PeerFailure, match="rank 0"):
         transport.wait(transport.post([], [Message(0, poisoned(1))], op), op)
 
 
@@ -259,12 +260,12 @@ def check_abort(transport: Transport) -> None:
         return
     op = operation("doomed", sequence=9)
     text = f"doomed #9: .*rank {last} aborted: ValueError: boom.*rank {transport.rank}/"
-    with _soon(), pytest.raises(PeerFailure, match=text):
+    with _Soon(), pytest.raises(PeerFailure, match=text):
         if transport.rank % 2:
             transport.exchange(b"record", op)
         else:
             transport.wait(transport.post([], [Message(last, poisoned(8))], op), op)
-    with _soon(), pytest.raises(SparsecollError):
+    with _Soon(), pytest.raises(SparsecollError):
         transport.wait(transport.post([], [Message(last, poisoned(8))], op), op)
 
 
@@ -293,7 +294,7 @@ def check_closed_peer(transport: Transport) -> None:
         transport.wait(requests, op)
         np.testing.assert_array_equal(view, pattern(partner, 0, 0, 10))
     op = operation("deserted")
-    with _soon(), pytest.raises(PeerFailure, match=f"rank {last}.*rank {transport.rank}/"):
+    with _Soon(), pytest.raises(PeerFailure, match=f"rank {last}.*rank {transport.rank}/"):
         transport.wait(transport.post([], [Message(last, poisoned(8))], op), op)
 
 
@@ -314,7 +315,7 @@ def check_sizes_that_disagree(transport: Transport) -> None:
                 transport.wait(transport.post([], [Message(0, poisoned(sizes[1]))], op), op)
 
 
-class _soon:
+class _Soon:
     """Its body ends long before any time limit."""
 
     def __enter__(self) -> None:

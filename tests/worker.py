@@ -19,7 +19,7 @@ from sparsecoll.transport.base import Transport
 
 __all__ = ["STACKS_SIGNAL", "CheckResults", "Folder", "Job", "Outcome", "open_transport", "run_checks"]
 
-CheckResults = dict[str, str | None]
+CheckResults = dict[tuple[str, int], str | None]
 
 # Not SIGUSR1, which MPICH takes for itself.
 STACKS_SIGNAL = signal.SIGUSR2
@@ -115,15 +115,32 @@ def _pickle(outcome: Outcome) -> bytes:
     return data
 
 
-def open_transport(job: Job) -> Transport:
-    """A new transport over all ranks of the job; collective."""
+def open_transport(job: Job, num_ranks: int | None = None) -> Transport | None:
+    """A new transport over the last ``num_ranks`` ranks, by default all; None on the others. Collective over all.
+
+    The last, so that the ranks of a smaller group are not those of the job.
+    """
+    begin = job.world_size - (num_ranks or job.world_size)
     if job.backend == "mpi":
+        from mpi4py import MPI
+
         from sparsecoll.transport.mpi import MpiTransport
 
-        return MpiTransport(timeout_s=job.timeout_s)
+        comm = None
+        if begin:
+            comm = MPI.COMM_WORLD.Split(0 if MPI.COMM_WORLD.rank >= begin else MPI.UNDEFINED)
+            if comm == MPI.COMM_NULL:
+                return None
+        return MpiTransport(comm, timeout_s=job.timeout_s)
+
+    import torch.distributed as dist
+
     from sparsecoll.transport.torch import TorchTransport, own_group
 
-    return TorchTransport(own_group(job.timeout_s), owned=True)
+    if not begin:
+        return TorchTransport(own_group(job.timeout_s), owned=True)
+    group = dist.new_group(list(range(begin, job.world_size)), backend="gloo")
+    return TorchTransport(group, owned=True) if dist.get_rank() >= begin else None
 
 
 def _note_shared_memory(folder: Folder, rank: int) -> None:
@@ -136,16 +153,20 @@ def _note_shared_memory(folder: Folder, rank: int) -> None:
 def run_checks(job: Job) -> CheckResults:
     """Runs each check on a transport of its own, so that one may fail or break its transport and the next go on."""
     results: CheckResults = {}
-    for check in job.arguments:
-        transport = open_transport(job)
-        try:
-            resolve(check)(transport)
-            results[check] = None
-        except Exception as exc:
-            results[check] = traceback.format_exc()
-            transport.abort(f"{type(exc).__name__}: {exc}")
-        finally:
-            transport.close()
+    checks, world_sizes = job.arguments
+    for world_size in world_sizes:
+        for check in checks:
+            transport = open_transport(job, world_size)
+            if transport is None:
+                continue
+            try:
+                resolve(check)(transport)
+                results[check, world_size] = None
+            except Exception as exc:
+                results[check, world_size] = traceback.format_exc()
+                transport.abort(f"{type(exc).__name__}: {exc}")
+            finally:
+                transport.close()
     return results
 
 
@@ -159,6 +180,7 @@ def _run(job: Job) -> Any:
     if job.target == "run_checks":
         return run_checks(job)
     transport = open_transport(job)
+    assert transport is not None
     try:
         return resolve(job.target)(transport, *job.arguments)
     except BaseException as exc:

@@ -45,6 +45,8 @@ def grouped_forward(
     Returns:
         ``y`` ``[N, D]``, and the pre-activation ``[N, width * I]`` that `grouped_backward` wants.
     """
+    if not rows:  # A rank may hold no expert at all; it then gets no tokens either.
+        return torch.empty_like(x), x.new_empty(0, 0)
     groups = Groups(counts, x.device)
     h = grouped_product(x, [first.t() for first, _ in rows], groups)
     y = grouped_product(activation.forward(h), [second.t() for _, second in rows], groups)
@@ -61,6 +63,8 @@ def grouped_backward(
     activation: Activation,
     grad_rows: Sequence[Row] | None,
     need_dx: bool,
+    *,
+    scale: float = 1.0,
 ) -> Tensor | None:
     """The mirror of `grouped_forward`; the activation is computed again.
 
@@ -68,16 +72,19 @@ def grouped_backward(
         dy: ``[N, D]``, contiguous.
         saved: what `grouped_forward` returned; left as it is.
         grad_rows: where each expert's weight gradients are *written*, zeros for one without tokens; None for none.
+        scale: of the weight gradients, not of ``dx``.
 
     Returns:
         ``dx`` ``[N, D]``, or None without ``need_dx``.
     """
+    if not rows:
+        return torch.empty_like(x) if need_dx else None
     groups = Groups(counts, x.device)
     dh, activated = activation.backward(grouped_product(dy, [second for _, second in rows], groups), saved)
     if grad_rows is not None:
-        grouped_weight_gradient(dy, activated, groups, [second for _, second in grad_rows])
+        grouped_weight_gradient(dy, activated, groups, [second for _, second in grad_rows], scale)
         del activated
-        grouped_weight_gradient(dh, x, groups, [first for first, _ in grad_rows])
+        grouped_weight_gradient(dh, x, groups, [first for first, _ in grad_rows], scale)
     return grouped_product(dh, [first for first, _ in rows], groups) if need_dx else None
 
 

@@ -136,7 +136,7 @@ def placements(draw: st.DrawFn) -> Placement:
 def test_equal_exactly_if_content_is(a: Placement, b: Placement) -> None:
     same = np.array_equal(a.owners, b.owners) and np.array_equal(a.holders, b.holders)
     assert (a == b) is same and (a.digest == b.digest) is same
-    twin = Placement(a.owners.tolist(), a.holders.tolist())
+    twin = Placement(a.owners.tolist(), a.holders.copy())
     assert twin == a and hash(twin) == hash(a) and twin is not a
 
 

@@ -1,0 +1,1 @@
+"""``python -m bench <case>``: measures sparsecoll beside what a user would call instead."""

@@ -1,0 +1,1 @@
+"""One file per collective: its sizes, inputs, run, check and bytes."""

@@ -1,0 +1,137 @@
+"""The end of backward: gradients of replicas come home, dense gradients are averaged, ``.grad`` is set.
+
+[Note: when gradients are set] Expert gradients travel while the rest of backward computes, so autograd cannot be
+given them when it asks. The expert function tells it that there are none, hands them to `Backward`, and a callback at
+the very end of the engine's run waits for what is in flight and adds it to ``.grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.profiler import record_function
+
+from sparsecoll.collectives import sparse_reduce_scatter
+from sparsecoll.collectives.agreement import agree, digest_of
+from sparsecoll.fssdp.dense import mean_over_ranks
+from sparsecoll.fssdp.layer import Materialized, ShardedLayer
+from sparsecoll.fssdp.prefetch import PrefetchOrder
+from sparsecoll.group import Group
+from sparsecoll.transport.base import Counters
+from sparsecoll.work import Work
+
+__all__ = ["Backward"]
+
+
+class _Reduction(NamedTuple):
+    layer: ShardedLayer
+    owned: tuple[Tensor, ...]
+    work: Work | None
+
+
+class Backward:
+    """Owns what is in flight between the backward of the layers and the end of the engine's run.
+
+    Attributes:
+        averages_dense: whether dense gradients are averaged at the end; off while a user accumulates.
+    """
+
+    def __init__(self, group: Group, dense: Sequence[nn.Parameter], order: PrefetchOrder) -> None:
+        self.averages_dense = True
+        self._group = group
+        self._dense = list(dense)
+        self._order = order
+        self._reductions: list[_Reduction] = []
+        self._queued = False
+        for param in self._dense:
+            # Also where no expert layer takes part in a backward, its end must be noticed.
+            param.register_post_accumulate_grad_hook(lambda _: self._queue())
+
+    def after_layer(self, layer: ShardedLayer) -> None:
+        """A layer's forward has ended: the next one's replicas can travel under the dense work before it."""
+        self._order.used(layer)
+
+    def reduce(
+        self,
+        layer: ShardedLayer,
+        materialized: Materialized,
+        owned: tuple[Tensor, ...],
+        replicas: tuple[Tensor, ...],
+    ) -> None:
+        """Takes the gradients of one backward of a layer and starts bringing those of replicas to their owners.
+
+        Args:
+            owned: ``[num_owned, ...]``, written except for hot experts.
+            replicas: ``[num_held_hot, ...]``, this rank's contributions to hot experts.
+        """
+        self._queue()
+        work = None
+        if materialized.hot:
+            with record_function(f"FSSDP::sparse_reduce_scatter ({layer.fqn})"):
+                work = sparse_reduce_scatter(
+                    replicas,
+                    materialized.place,
+                    chunks=materialized.hot,
+                    group=self._group,
+                    plan=materialized.plan,
+                    out=owned,
+                    async_op=True,
+                )
+        else:
+            layer.load.reduced = Counters()
+        self._reductions.append(_Reduction(layer, owned, work))
+
+    def _queue(self) -> None:
+        if not self._queued:
+            self._queued = True
+            Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        self._queued = False
+        reductions, self._reductions = self._reductions, []
+        for layer, owned, work in reductions:
+            if work is not None:
+                with record_function(f"FSSDP::wait_for_sparse_reduce_scatter ({layer.fqn})"):
+                    work.wait()
+                layer.load.reduced = work.moved
+            for weight, grad in zip(layer.experts, owned, strict=True):
+                if weight.requires_grad:
+                    _accumulate(weight, grad)
+        if self.averages_dense and self._group.world_size > 1:
+            self._average_dense()
+
+    def _average_dense(self) -> None:
+        """Means of the dense gradients that any rank has; a rank without one contributes zeros."""
+        params = [param for param in self._dense if param.requires_grad]
+        operation = self._group.operation("FSSDP gradients")
+        mine = bytes(param.grad is not None for param in params)
+        payloads = self._group.run(
+            operation,
+            lambda: agree(
+                self._group,
+                operation,
+                digest_of(len(params)),
+                lambda: {"dense_parameters": len(params)},
+                payload=np.packbits(np.frombuffer(mine, np.uint8)).tobytes(),
+            ),
+        )
+        present = np.bitwise_or.reduce([np.frombuffer(each, np.uint8) for each in payloads])
+        chosen = [param for param, bit in zip(params, np.unpackbits(present), strict=False) if bit]
+        for param in chosen:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        with record_function("FSSDP::average_dense_gradients"):
+            mean_over_ranks([param.grad for param in chosen if param.grad is not None], self._group)
+
+
+def _accumulate(weight: nn.Parameter, grad: Tensor) -> None:
+    if weight.grad is None:
+        weight.grad = grad
+    else:
+        weight.grad += grad

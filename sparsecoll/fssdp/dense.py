@@ -1,0 +1,43 @@
+"""Collectives over many dense tensors at once, built from the sparse ones with a Placement that all ranks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsecoll.collectives import sparse_all_gather, sparse_reduce_scatter
+from sparsecoll.group import Group
+from sparsecoll.placement import Placement
+
+__all__ = ["broadcast", "mean_over_ranks"]
+
+
+def mean_over_ranks(tensors: Sequence[Tensor], group: Group) -> None:
+    """Replaces each tensor by its mean over all ranks, in place; bitwise equal on all of them.
+
+    A reduce-scatter and an all-gather of 1 / W each: 2 (W - 1) / W times the bytes, as a ring all-reduce sends. The
+    flat copy is padded by at most W - 1 elements.
+    """
+    place = Placement.even(group.world_size, group.world_size)
+    place = place.replicate(dict.fromkeys(range(group.world_size), range(group.world_size)))
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        sizes = [tensor.numel() for tensor in same]
+        padding = -sum(sizes) % group.world_size
+        flat = torch.cat([*(tensor.reshape(-1) for tensor in same), same[0].new_zeros(padding)])
+        chunks = flat.view(group.world_size, -1)
+        mine = sparse_reduce_scatter(chunks, place, op="mean", group=group)
+        sparse_all_gather(mine, place, group=group, out=chunks)
+        for tensor, mean in zip(same, flat.split([*sizes, padding]), strict=False):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def broadcast(tensors: Sequence[Tensor], group: Group) -> None:
+    """Replaces each tensor on every rank by rank 0's, in place."""
+    everyone = Placement.of_owners([0], group.world_size).replicate({0: range(group.world_size)})
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().view(1, -1)
+        shard = flat if group.rank == 0 else flat[:0]
+        tensor.copy_(sparse_all_gather(shard, everyone, group=group).view_as(tensor))

@@ -1,0 +1,228 @@
+"""The wrapper: shards a model's experts in place and keeps its manners."""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecoll.balance import Balancer, find_balancer
+from sparsecoll.collectives import sparse_all_gather
+from sparsecoll.errors import CollectiveMismatch, InvalidArgument
+from sparsecoll.fssdp.backward import Backward
+from sparsecoll.fssdp.dense import broadcast
+from sparsecoll.fssdp.dispatch import ShardedDispatcher
+from sparsecoll.fssdp.layer import ShardedLayer
+from sparsecoll.fssdp.prefetch import PrefetchOrder
+from sparsecoll.fssdp.reports import LayerLoad, MemoryReport, ReplicaMemory, memory_report
+from sparsecoll.group import Group, resolve_group
+from sparsecoll.moe import MoELayer
+from sparsecoll.moe.experts import Row, rows_of
+from sparsecoll.placement import Placement
+from sparsecoll.plan import Plan
+
+__all__ = ["FSSDP", "FSSDPModule"]
+
+_log = logging.getLogger("sparsecoll")
+
+
+def FSSDP(  # noqa: N802
+    module: nn.Module, *, group: Any = None, balancer: str | Balancer = "busiest"
+) -> FSSDPModule:
+    """Applies fully sharded sparse data parallelism to ``module``, in place (Hecate, sections 3 and 4).
+
+    Every `MoELayer` inside keeps only its share of the experts on each rank, parameters and (through any torch
+    optimizer) optimizer state; parameter names stay, ``[num_experts, ...]`` becomes ``[num_owned, ...]``. Each
+    iteration copies the experts that the balancer picks to where they help; tokens go to the nearest copy. All other
+    parameters are replicated. Rank 0's values are taken on every rank.
+
+    Gradients after ``backward()``, of experts and of dense parameters alike, are those of the mean over ranks of what
+    each rank's loss was. Wrap before or after making the optimizer, but before its first step.
+
+    Collective: all ranks call it, with models of equal structure.
+    Stream: CPU models only.
+    Memory: a rank keeps its own experts and, from forward to backward, copies of the hot ones.
+
+    Args:
+        module: holds at least one `MoELayer`, and is called as a whole for a forward.
+        group: a Group, torch ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator; None is the default.
+        balancer: ``busiest``, ``none`` (plain expert parallelism), or an object with `Balancer`'s interface.
+
+    Returns:
+        The same module, whose class is now a subclass of its own and of `FSSDPModule`.
+
+    Raises:
+        InvalidArgument: no MoE layer, wrapped already, parameters on the meta device or on a GPU.
+        CollectiveMismatch: models differ between ranks.
+    """
+    chosen = find_balancer(balancer)
+    resolved = resolve_group(group)
+    layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
+    _check(module, layers, resolved)
+    memory, order = ReplicaMemory(), PrefetchOrder()
+    resolved.reserve_record(64 + 8 * max(each.experts.num_experts for each in layers.values()))
+    for tensor in (*module.parameters(), *module.buffers()):
+        with torch.no_grad():
+            broadcast([tensor], resolved)
+    sharded = {}
+    for name, each in layers.items():
+        base = Placement.even(each.experts.num_experts, resolved.world_size)
+        sharded[name] = ShardedLayer(name, each, resolved, base, chosen, memory)
+        _shard_experts(sharded[name])
+    experts = {id(weight) for layer in sharded.values() for weight in layer.experts}
+    dense = [param for param in module.parameters() if id(param) not in experts]
+    backward = Backward(resolved, dense, order)
+    for layer in sharded.values():
+        layer.layer.dispatcher = ShardedDispatcher(layer, backward)
+    module.register_forward_pre_hook(lambda *_: order.begin())
+    module.__class__ = type(f"FSSDP{type(module).__name__}", (FSSDPModule, type(module)), {})
+    assert isinstance(module, FSSDPModule)
+    module._fssdp = _State(resolved, sharded, dense, backward, memory)
+    if resolved.rank == 0:
+        _log.info("FSSDP: %d MoE layers on %s: %s", len(layers), resolved, ", ".join(layers))
+    return module
+
+
+class _State:
+    """What a wrapped module knows; not a sub-module, so that it adds no names."""
+
+    def __init__(
+        self,
+        group: Group,
+        layers: dict[str, ShardedLayer],
+        dense: list[nn.Parameter],
+        backward: Backward,
+        memory: ReplicaMemory,
+    ) -> None:
+        self.group = group
+        self.layers = layers
+        self.dense = dense
+        self.backward = backward
+        self.memory = memory
+
+
+class FSSDPModule(nn.Module):
+    """What `FSSDP` adds to a module's class."""
+
+    _fssdp: _State
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Whether the next backwards average dense gradients over ranks; turn off for all but the last micro-batch.
+
+        Gradients of experts always travel to their owners, for no other rank could keep them.
+        """
+        self._fssdp.backward.averages_dense = requires_gradient_sync
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Scales all gradients so that their norm, over all ranks, is at most ``max_norm``.
+
+        Equals `torch.nn.utils.clip_grad_norm_` of one process: each expert counts once, at its owner, and each dense
+        parameter once.
+
+        Collective: all ranks call it.
+
+        Returns:
+            The norm before clipping, equal on all ranks.
+
+        Raises:
+            RuntimeError: the norm is not finite and ``error_if_nonfinite``; on all ranks.
+        """
+        state = self._fssdp
+        experts = [w.grad for layer in state.layers.values() for w in layer.experts if w.grad is not None]
+        dense = [param.grad for param in state.dense if param.grad is not None]
+        # The owners' norms are added up in rank order, so that all ranks get the same bits.
+        packed = struct.pack("<d", _power_sum(experts, norm_type))
+        shares = [struct.unpack("<d", each)[0] for each in state.group.exchange(packed, "clip_grad_norm_")]
+        shares.append(_power_sum(dense, norm_type))
+        total = max(shares) if math.isinf(norm_type) else math.fsum(shares) ** (1 / norm_type)
+        if error_if_nonfinite and not math.isfinite(total):
+            raise RuntimeError(f"clip_grad_norm_: expected a finite norm of order {norm_type}, got {total}")
+        scale = min(1.0, max_norm / (total + 1e-6))
+        for grad in (*experts, *dense):
+            grad.mul_(scale)
+        dtype = torch.get_default_dtype() if not (experts or dense) else (experts or dense)[0].dtype
+        return torch.tensor(total, dtype=dtype)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Each rank takes its own experts from a complete state dict, and everything else.
+
+        Collective: all ranks call it; if it fails on one, it raises on all.
+        """
+        group = self._fssdp.group
+        result, problem = None, None
+        try:
+            result = super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            problem = error
+        failed = [rank for rank, each in enumerate(group.exchange(bytes([problem is not None]))) if each[0]]
+        if problem is not None:
+            raise problem
+        if failed:
+            raise CollectiveMismatch(f"load_state_dict: failed on ranks {failed} {group.place_of_error}")
+        return result
+
+    def load_report(self) -> dict[str, LayerLoad]:
+        """Measurements of each layer's last iteration on this rank, by the layer's name."""
+        return {name: layer.load for name, layer in self._fssdp.layers.items()}
+
+    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
+        """Bytes in this rank's memory, with those of ``optimizer``'s state if it is given."""
+        return memory_report(self, self._fssdp.memory, optimizer, self._fssdp.group.arena.reserved_bytes)
+
+    def last_plan(self, layer: str | MoELayer) -> Plan | None:
+        """The plan of a layer's last sparse all-gather, or None if it had no replicas yet.
+
+        Raises:
+            InvalidArgument: no such layer.
+        """
+        for name, sharded in self._fssdp.layers.items():
+            if layer == name or layer is sharded.layer:
+                return sharded.last_plan
+        raise InvalidArgument(f"last_plan: expected one of {', '.join(self._fssdp.layers)}, got {layer}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise InvalidArgument("FSSDP: expected to be wrapped after copying; a wrapped module cannot be copied")
+
+
+def _check(module: nn.Module, layers: Mapping[str, MoELayer], group: Group) -> None:
+    where = group.place_of_error
+    if isinstance(module, FSSDPModule):
+        raise InvalidArgument(f"FSSDP: expected a module that is not wrapped yet, got {type(module).__name__} {where}")
+    if not layers:
+        raise InvalidArgument(f"FSSDP: expected a module with a MoELayer in it, got {type(module).__name__} {where}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise InvalidArgument(f"FSSDP: expected parameters on the CPU, got {name} on {tensor.device} {where}")
+
+
+def _shard_experts(layer: ShardedLayer) -> None:
+    """Cuts the parameters down to the owned rows and makes the state dict whole again on demand."""
+    experts, group = layer.layer.experts, layer.group
+    owned = layer.base.owned_by(group.rank).tolist()
+    for weight in experts.weights:
+        weight.data = weight.data[owned].clone()
+        weight.grad = None
+    experts.owned = owned
+    everywhere = layer.base.replicate(dict.fromkeys(range(experts.num_experts), range(group.world_size)))
+
+    def gather_rows() -> dict[int, Row]:
+        shard = tuple(weight.detach() for weight in experts.weights)
+        return dict(enumerate(rows_of(sparse_all_gather(shard, everywhere, group=group))))
+
+    experts.gather_rows = gather_rows
+
+
+def _power_sum(grads: list[Tensor], norm_type: float) -> float:
+    """Sum of the ``norm_type``-th powers of all elements, or their largest for the infinity norm."""
+    if not grads:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads if g.numel()] or [torch.zeros((), dtype=torch.float64)])
+    return float(norms.max() if math.isinf(norm_type) else (norms**norm_type).sum())

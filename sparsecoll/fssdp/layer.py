@@ -1,0 +1,160 @@
+"""One sharded MoE layer: what it knows of its loads, its Placement, and the replicas under way."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.profiler import record_function
+
+from sparsecoll.balance import Balancer
+from sparsecoll.collectives import sparse_all_gather
+from sparsecoll.collectives.agreement import agree, digest_of
+from sparsecoll.fssdp.reports import LayerLoad, ReplicaMemory
+from sparsecoll.group import Group
+from sparsecoll.moe import MoELayer
+from sparsecoll.moe.experts import Row, rows_of
+from sparsecoll.placement import Placement
+from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
+from sparsecoll.transport.base import Counters
+from sparsecoll.work import Work
+
+__all__ = ["Materialized", "ShardedLayer"]
+
+
+class Materialized(NamedTuple):
+    """The experts that a rank can compute in one forward, and in the backward that belongs to it.
+
+    Attributes:
+        place: where every expert is.
+        hot: experts with replicas, ascending; all their holders compute with gathered rows, the owner too.
+        weights: gathered rows ``[len(held hot), ...]`` of each weight name; empty without replicas.
+        plan: of the reduce-scatter that brings their gradients back, or None without replicas.
+    """
+
+    place: Placement
+    hot: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    plan: Plan | None
+
+
+class _Prefetch(NamedTuple):
+    place: Placement
+    hot: tuple[int, ...]
+    work: Work
+
+
+class ShardedLayer:
+    """The state of one MoE layer whose experts are sharded over a group.
+
+    Attributes:
+        fqn: name of the layer in the wrapped module.
+        base: owners, no replicas.
+        chunk_bytes: of one expert.
+        load: measurements of the last forward and backward.
+        last_plan: of the last sparse all-gather, or None before the first.
+    """
+
+    def __init__(
+        self, fqn: str, layer: MoELayer, group: Group, base: Placement, balancer: Balancer, memory: ReplicaMemory
+    ) -> None:
+        self.fqn = fqn
+        self.layer = layer
+        self.group = group
+        self.base = base
+        self.balancer = balancer
+        self.chunk_bytes = sum(weight[0].nbytes for weight in layer.experts.weights)
+        self.load = LayerLoad(fqn, layer.experts.num_experts)
+        self.last_plan: Plan | None = None
+        self._memory = memory
+        self._history: deque[NDArray[np.int64]] = deque(maxlen=balancer.window)
+        self._prefetch: _Prefetch | None = None
+
+    @property
+    def experts(self) -> tuple[torch.nn.Parameter, ...]:
+        """The owned rows, ``[num_owned, ...]`` for each weight name."""
+        return self.layer.experts.weights
+
+    def prefetch(self) -> None:
+        """Decides the next Placement and issues the gather of its replicas, if there are any."""
+        if self._prefetch is not None:
+            return
+        place = self.balancer.place(list(self._history), self.base)
+        hot = tuple(place.replicated().tolist())
+        if not hot:
+            return
+        self.last_plan = plan_all_gather(place, self.chunk_bytes, self.group.topology, chunks=hot)
+        with record_function(f"FSSDP::sparse_all_gather ({self.fqn})"):
+            shard = tuple(weight.detach() for weight in self.experts)
+            work = sparse_all_gather(
+                shard, place, chunks=hot, group=self.group, plan=self.last_plan, async_op=True
+            )
+        self._prefetch = _Prefetch(place, hot, work)
+
+    def take_materialized(self) -> Materialized:
+        """Waits for the replicas of this forward, issuing their gather now if nobody has."""
+        self.prefetch()
+        if self._prefetch is None:
+            return Materialized(self.base, (), (), None)
+        place, hot, work = self._prefetch
+        self._prefetch = None
+        with record_function(f"FSSDP::wait_for_sparse_all_gather ({self.fqn})"):
+            weights = work.result()
+        self._memory.track(weights)
+        self.load.gathered = work.moved
+        plan = plan_reduce_scatter(
+            place, self.chunk_bytes, self.group.topology, chunks=hot, partial_bytes=self._partial_bytes()
+        )
+        return Materialized(place, hot, weights, plan)
+
+    def drop_prefetch(self) -> None:
+        """Ends a gather that no forward has asked for."""
+        if self._prefetch is not None:
+            self._prefetch.work.exception()
+            self._prefetch = None
+
+    def rows(self, materialized: Materialized, experts: NDArray[np.int64]) -> list[Row]:
+        """The weights of the experts held here: gathered rows of hot ones, owned rows of the others."""
+        owned = dict(zip(self.layer.experts.owned, rows_of([w.detach() for w in self.experts]), strict=True))
+        gathered = dict(zip(self.held_hot(materialized), rows_of(materialized.weights), strict=True))
+        return [gathered[expert] if expert in gathered else owned[expert] for expert in experts.tolist()]
+
+    def held_hot(self, materialized: Materialized) -> list[int]:
+        """Hot experts of which this rank has a row, ascending."""
+        return [expert for expert in materialized.hot if materialized.place.holders[expert, self.group.rank]]
+
+    def exchange_counts(self, counts: Tensor, materialized: Materialized) -> NDArray[np.int64]:
+        """All ranks learn all loads, ``[W, E]``, from this rank's ``counts`` ``[E]``.
+
+        The one exchange that a layer needs in forward. It carries the digest of everything on which ranks must agree.
+        """
+        operation = self.group.operation(f"FSSDP counts ({self.fqn})")
+        training, recording = self.layer.training, torch.is_grad_enabled()
+        digest = digest_of(self.fqn, materialized.place.digest, training, recording)
+
+        def describe() -> dict[str, object]:
+            holders = [np.flatnonzero(row).tolist() for row in materialized.place.holders]
+            return {"layer": self.fqn, "holders": holders, "training": training, "grad_enabled": recording}
+
+        payload = counts.numpy().astype("<i8").tobytes()
+        with record_function(f"FSSDP::exchange_counts ({self.fqn})"):
+            payloads = self.group.run(
+                operation, lambda: agree(self.group, operation, digest, describe, payload=payload)
+            )
+        loads = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
+        if training:
+            self._history.append(loads)
+        return loads
+
+    def count_dispatch(self, moved: Counters) -> None:
+        """Adds the traffic of an all-to-all to the report."""
+        self.load.dispatch_bytes += moved.sent_bytes
+
+    def _partial_bytes(self) -> int:
+        return sum(
+            weight[0].numel() * max(weight.element_size(), torch.float32.itemsize) for weight in self.experts
+        )

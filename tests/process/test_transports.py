@@ -1,0 +1,122 @@
+"""The transports between processes: the checks that every transport passes, and the death of processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from sparsecoll.errors import CollectiveTimeout, PeerFailure
+from sparsecoll.transport.base import Message, Operation, Transport
+from tests.harness import RanksFailed, spawn, spawn_checks
+from tests.transport_checks import CHECKS, CLOSURE_CHECKS, SIZE_CHECKS, pattern, peers_of, poisoned
+from tests.worker import CheckResults
+
+BACKENDS = ["gloo", "mpi"]
+WORLD_SIZES = (1, 2, 3, 4)
+OWN_CHECKS = {"gloo": CLOSURE_CHECKS, "mpi": SIZE_CHECKS}
+
+
+@functools.cache
+def results_of(backend: str) -> CheckResults:
+    return spawn_checks(CHECKS + OWN_CHECKS[backend], WORLD_SIZES, backend, timeout_s=55.0)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(
+    ("backend", "check"), [(name, each) for name in BACKENDS for each in CHECKS + OWN_CHECKS[name]]
+)
+def test_check(backend: str, check: str, world_size: int) -> None:
+    failure = results_of(backend)[check, world_size]
+    assert failure is None, failure
+
+
+def die_in_the_middle(transport: Transport) -> str:
+    """Rank 1 kills itself while both others wait for a message of it."""
+    op = Operation("doomed", 5, 30.0)
+    receives = [Message(peer, poisoned(100_000)) for peer in peers_of(transport)]
+    requests = transport.post([], receives, op)
+    transport.exchange(b"posted", Operation("ready", 4, 30.0))
+    if transport.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started_s = time.monotonic()
+    with pytest.raises(PeerFailure) as caught:
+        transport.wait(requests[transport.rank // 2 :], op)  # rank 1's is the first of rank 0 and the second of rank 2
+    assert time.monotonic() - started_s < 10.0
+    return str(caught.value)
+
+
+def test_killed_rank_is_named_by_gloo() -> None:
+    with pytest.raises(RanksFailed) as caught:
+        spawn(f"{__name__}:die_in_the_middle", 3, "gloo")
+    outcomes = caught.value.outcomes
+    assert outcomes[1].exit_code == -signal.SIGKILL
+    for rank in (0, 2):
+        assert not outcomes[rank].traceback, outcomes[rank].traceback
+        assert re.match(r"doomed #5: .* rank 1 has died", outcomes[rank].value)
+
+
+def test_killed_rank_ends_an_mpi_job() -> None:
+    started_s = time.monotonic()
+    with pytest.raises(RanksFailed) as caught:
+        spawn(f"{__name__}:die_in_the_middle", 3, "mpi", timeout_s=50.0)
+    assert not caught.value.timed_out
+    assert time.monotonic() - started_s < 40.0
+    assert "Killed (signal 9)" in caught.value.output
+
+
+def stall(transport: Transport) -> None:
+    """Rank 1 is stopped in the middle and resumed by rank 0 before anybody has lost patience."""
+    for sequence in range(10):
+        op = Operation("stalled", sequence, 30.0)
+        if sequence == 5:
+            pids = [int(record) for record in transport.exchange(b"%10d" % os.getpid(), op)]
+            if transport.rank == 0:
+                os.kill(pids[1], signal.SIGSTOP)
+        sends = [Message(peer, pattern(transport.rank, peer, sequence, 200_000)) for peer in peers_of(transport)]
+        receives = [Message(peer, poisoned(200_000)) for peer in peers_of(transport)]
+        requests = transport.post(sends, receives, op)
+        if sequence == 5 and transport.rank == 0:
+            time.sleep(0.2)
+            os.kill(pids[1], signal.SIGCONT)
+        transport.wait(requests, op)
+        for peer, view in receives:
+            np.testing.assert_array_equal(view, pattern(peer, transport.rank, sequence, 200_000))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stalled_rank_that_resumes_in_time_loses_nothing(backend: str) -> None:
+    spawn(f"{__name__}:stall", 2, backend)
+
+
+def make_second_transport_without_last_rank(transport: Transport) -> None:
+    last = transport.world_size - 1
+    if transport.rank != last:
+        started_s = time.monotonic()
+        with pytest.raises(CollectiveTimeout, match=rf"ranks \[{last}\]"):
+            if transport.backend == "mpi":
+                from sparsecoll.transport.mpi import MpiTransport
+
+                MpiTransport(timeout_s=0.5)
+            else:
+                from sparsecoll.transport.torch import own_group
+
+                own_group(0.5)
+        assert time.monotonic() - started_s < 5.0
+    transport.exchange(b"through", Operation("end", 0, 30.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rank_that_never_arrives_is_named(backend: str) -> None:
+    if backend == "gloo":
+        spawn(f"{__name__}:make_second_transport_without_last_rank", 3, backend)
+        return
+    # The duplicate that never came about keeps MPI from ending in peace: what counts is that nothing was raised.
+    with pytest.raises(RanksFailed) as caught:
+        spawn(f"{__name__}:make_second_transport_without_last_rank", 3, backend, timeout_s=20.0)
+    assert not any(outcome.traceback for outcome in caught.value.outcomes), str(caught.value)
