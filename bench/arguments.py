@@ -136,7 +136,7 @@ def parse(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool, 
         iterations=found.iters,
         warmup=found.warmup_iters,
         checks=min(found.check, found.iters),
-        ops=(tuple(ops) if found.op == "all" else (found.op,)) if ops else ("none",),
+        ops=tuple(ops) if found.op == "all" else (found.op,),
         dtypes=tuple(DTYPES) if found.datatype == "all" else (found.datatype,),
         average=found.average,
         per_iteration=bool(found.per_iter_timing),
@@ -171,7 +171,7 @@ def _parser(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool
     add("-w", "--warmup_iters", type=_at_least(0), default=5, metavar="N", help="untimed iterations before them")
     add("-c", "--check", type=_at_least(0), default=1, metavar="N", help="checked iterations, 0 for none")
     add("-d", "--datatype", choices=[*DTYPES, "all"], default="float")
-    add("-a", "--average", type=int, choices=range(4), default=3, help="over ranks: 0 rank 0's, 1 average, 2 min, 3 max")
+    add("-a", "--average", type=int, choices=range(4), default=3, help="0 rank 0's, 1 average, 2 min, 3 max over ranks")
     add("-I", "--per_iter_timing", type=int, choices=range(2), nargs="?", const=1, default=0, help="single iterations")
     add("-T", "--timeout", type=_positive, default=300.0, metavar="S", help="seconds for each row of the table")
     add("-J", "--json", "--output_file", type=Path, metavar="FILE", help="record in JSON")
@@ -195,7 +195,10 @@ def _parser(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool
         parser.set_defaults(density=1.0, algorithm="direct")
     # Ranks that this program has started must not start others, whatever their environment looks like.
     add("--launched", action="store_true", help=argparse.SUPPRESS)
-    refused = {**_REFUSED, **({} if ops else {("-o", "--op"): "nothing is reduced"})}
+    refused: dict[tuple[str, ...], str] = dict(_REFUSED)
+    if not ops:
+        refused[("-o", "--op")] = "nothing is reduced"
+        parser.set_defaults(op="none")
     if is_sparse:
         refused |= {("--matrix",): "it belongs to all_to_all", ("--summary",): "it belongs to all_to_all"}
     else:
@@ -208,8 +211,8 @@ def _parser(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool
 class _Refuse(argparse.Action):
     """A flag that exists elsewhere, and why not here."""
 
-    def __init__(self, *names: Any, reason: str, **more: Any) -> None:
-        super().__init__(*names, default=argparse.SUPPRESS, **more)
+    def __init__(self, *, reason: str, **more: Any) -> None:
+        super().__init__(**{**more, "default": argparse.SUPPRESS})
         self._reason = reason
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:

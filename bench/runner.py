@@ -6,7 +6,6 @@ import faulthandler
 import json
 import os
 import socket
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 import sparsecoll as sc
 from bench import launch, machine, traffic
 from bench.arguments import DTYPES, Options, parse
-from bench.report import Report, Row
+from bench.report import Report, Row, write_record
 from bench.trial import Setting, Trial
 from bench.values import poison
 
 __all__ = ["run_case"]
 
-_DEVICE_BYTES = 256
+_DEVICE_BYTES, _HOST_LENGTH = 256, 64
 
 
 def run_case(trial: type[Trial], arguments: Sequence[str]) -> dict[str, Any]:
@@ -48,7 +47,9 @@ def run_case(trial: type[Trial], arguments: Sequence[str]) -> dict[str, Any]:
     with group:
         _check_launcher(group, options)
         record = _measure_all(group, trial, options)
-    launch.end(group)
+        if group.rank == 0 and options.output is not None:
+            write_record(record, options.output)
+    launch.leave(group.backend)
     return record
 
 
@@ -65,7 +66,8 @@ def _check_launcher(group: sc.Group, options: Options) -> None:
 def _measure_all(group: sc.Group, trial: type[Trial], options: Options) -> dict[str, Any]:
     """Every row of the table; collective."""
     settings = list(_settings(group, trial, options))
-    report = Report(options, group, _devices(group)) if group.rank == 0 else None
+    devices = _devices(group)
+    report = Report(options, group, devices) if group.rank == 0 else None
     num_wrong = 0
     try:
         for dtype, setting in settings:
@@ -157,9 +159,7 @@ def _measure(group: sc.Group, trial: Trial, dtype: str, setting: Setting, option
     return _row(group, trial, dtype, setting, options, tally)
 
 
-def _row(
-    group: sc.Group, trial: Trial, dtype: str, setting: Setting, options: Options, tally: _Tally
-) -> Row:
+def _row(group: sc.Group, trial: Trial, dtype: str, setting: Setting, options: Options, tally: _Tally) -> Row:
     """Puts together what all ranks have seen."""
     counts = _everyones(group, np.array([tally.wire_bytes, tally.num_wrong, tally.num_wrong_dense], np.int64))
     if counts[:, 2].any():
@@ -186,4 +186,8 @@ def _everyones(group: sc.Group, mine: NDArray[Any]) -> NDArray[Any]:
 
 
 def _devices(group: sc.Group) -> list[dict[str, Any]]:
-    """Where every rank runs. Called on rank 0 only"""
+    """Where every rank runs; collective."""
+    mine = {"rank": group.rank, "pid": os.getpid(), "hostname": socket.gethostname()[:_HOST_LENGTH]}
+    records = group.exchange(json.dumps(mine).encode().ljust(_DEVICE_BYTES), "bench")
+    fixed = {"group": 0, "device": group.rank, "device_hex": None, "device_info": "cpu"}
+    return [{**json.loads(record), **fixed} for record in records]

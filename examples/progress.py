@@ -10,7 +10,7 @@ from typing import Any
 
 from history import History
 
-COLUMNS = ("run", "loss", "tokens/s", "imbalance", "replicas moved")
+COLUMNS = ("run", "loss", "tokens/s", "imbalance", "replicas sent")
 
 
 class Progress:

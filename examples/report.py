@@ -77,10 +77,10 @@ def _draw_moved(axes: Axes, run: History) -> None:
     steps = range(1, len(run.sparse_bytes) + 1)
     sparse, dense = np.array(run.sparse_bytes) / 1e6, np.array(run.dense_bytes) / 1e6
     share = sparse.sum() / dense.sum() if dense.any() else 0
-    axes.set_title(f"Bytes: sparse collectives move {share:.0%} of dense")
+    axes.set_title(f"Bytes: sparse collectives send {share:.0%} of dense")
     axes.plot(steps, dense, color=QUIET, linewidth=2, label="dense: all experts to all ranks")
-    axes.fill_between(steps, sparse, color=FSSDP_COLOR, step="mid", label="sparse: what FSSDP moved")
-    axes.set(xlabel="step", ylabel="moved per step (MB)", xlim=(1, steps[-1]), ylim=(0, 1.3 * max(1, dense.max())))
+    axes.fill_between(steps, sparse, color=FSSDP_COLOR, step="mid", label="sparse: what FSSDP sent")
+    axes.set(xlabel="step", ylabel="sent per rank (MB)", xlim=(1, steps[-1]), ylim=(0, 1.3 * max(1, dense.max())))
     axes.legend(loc="upper right")
 
 

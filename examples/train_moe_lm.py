@@ -33,7 +33,7 @@ def train(group: sc.Group, args: argparse.Namespace) -> bool:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     corpus = Corpus.load()
     fssdp = Trainer("FSSDP", group, args.seed, args.steps)
-    ep = Trainer("expert parallelism", group, args.seed, args.steps, policy="none")
+    ep = Trainer("expert parallelism", group, args.seed, args.steps, balancer="none")
     with Progress(args.steps, args.batch * SEQUENCE_BYTES, visible=group.rank == 0) as progress:
         for step in range(args.steps):
             rows = corpus.batch(args.seed, step, args.batch, group.rank, group.world_size)

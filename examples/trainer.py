@@ -12,7 +12,7 @@ from model import ModelConfig, MoELanguageModel
 
 import sparsecoll as sc
 
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 3.5e-3
 WARM_UP_STEPS = 20
 NUM_HELDOUT_BATCHES = 16
 
@@ -34,7 +34,7 @@ class Trainer:
         self.history = History(name)
 
     def step(self, rows: torch.Tensor) -> None:
-        """Learns from this rank's ``rows``."""
+        """Learns from this rank's ``rows``, and notes what that took."""
         started_s = time.perf_counter()
         loss = self.model(rows)
         loss.backward()
@@ -43,7 +43,12 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         mean_loss = self.group.mean(loss.item())  # also waits for the slowest rank, whose time is the step's
-        self.history.record(mean_loss, time.perf_counter() - started_s, self.model.load_report().values())
+        step_s = time.perf_counter() - started_s
+
+        layers = list(self.model.load_report().values())
+        sparse_bytes = self.group.mean(sum(layer.sparse_bytes for layer in layers))
+        dense_bytes = self.group.mean(sum(layer.dense_bytes for layer in layers))
+        self.history.record(mean_loss, step_s, layers, sparse_bytes, dense_bytes)
 
     @torch.no_grad()
     def heldout_loss(self, corpus: Corpus, num_rows: int) -> float:

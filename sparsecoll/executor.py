@@ -19,6 +19,7 @@ __all__ = ["Segments", "run_all_gather", "run_reduce_scatter"]
 
 Segments = tuple[View, ...]
 
+
 def run_all_gather(
     plan: Plan,
     transport: Transport,
@@ -75,41 +76,72 @@ def run_reduce_scatter(
     """
     mine = program(plan, transport.rank)
     arena.reset(int(plan.staging_bytes[transport.rank]))
-    arrived: dict[int, list[tuple[Segments, bool]]] = {chunk: [] for chunk in mine.arrivals}
-
-    def contributions(chunk: int) -> list[tuple[Segments, bool]]:
-        own = [(source[chunk], False)] if chunk in source else []
-        return own + arrived.get(chunk, [])
-
-    def outgoing(move: Move) -> Segments:
-        if move.partial:
-            total = tuple(arena.take(size) for size in _partial_bytes(segment_bytes[move.chunk], dtypes))
-            _sum(total, True, contributions(move.chunk), dtypes, 1)
-            return total
-        if move.chunk in source:
-            return source[move.chunk]
-        nonlocal zeros
-        needed = max(segment_bytes[move.chunk])
-        if zeros.nbytes < needed:
-            zeros = arena.take(needed)
-            zeros[:] = 0
-        return tuple(zeros[:size] for size in segment_bytes[move.chunk])
-
-    zeros = arena.take(0)
+    sums = _Sums(source, segment_bytes, dtypes, arena)
     for stage in mine.stages:
-        sends = [message for move in stage.sends for message in _messages(move, outgoing(move))]
-        receives = []
-        for move in stage.receives:
-            sizes = segment_bytes[move.chunk]
-            sizes = _partial_bytes(sizes, dtypes) if move.partial else sizes
-            landing = tuple(arena.take(size) for size in sizes)
-            arrived[move.chunk].append((landing, move.partial))
-            receives += _messages(move, landing)
+        sends = [message for move in stage.sends for message in _messages(move, sums.outgoing(move))]
+        receives = [message for move in stage.receives for message in _messages(move, sums.landing(move))]
         transport.wait(transport.post(sends, receives, operation), operation)
     num_holders = plan.place.holders.sum(axis=1)
     for chunk in mine.owned:
-        divisor = int(num_holders[chunk]) if mean else 1
-        _sum(destination[chunk], False, contributions(chunk), dtypes, divisor)
+        sums.total(chunk, destination[chunk], divisor=int(num_holders[chunk]) if mean else 1)
+
+
+class _Sums:
+    """What one rank has of every chunk in a reduce-scatter: its own contribution and what has arrived."""
+
+    def __init__(
+        self,
+        source: Mapping[int, Segments],
+        segment_bytes: Mapping[int, Sequence[int]],
+        dtypes: Sequence[str],
+        arena: Arena,
+    ) -> None:
+        self._source = source
+        self._segment_bytes = segment_bytes
+        self._dtypes = dtypes
+        self._widths = [accumulation_itemsize(dtype) // itemsize(dtype) for dtype in dtypes]
+        self._arena = arena
+        self._arrived: dict[int, list[tuple[Segments, bool]]] = {}
+        self._zeros = arena.take(0)
+
+    def landing(self, move: Move) -> Segments:
+        """Room for something that arrives; it counts as arrived for later stages."""
+        segments = self._take(move)
+        self._arrived.setdefault(move.chunk, []).append((segments, move.partial))
+        return segments
+
+    def outgoing(self, move: Move) -> Segments:
+        """What is sent on: a sum, this rank's own contribution, or zeros where it has none."""
+        if move.partial:
+            total = self._take(move)
+            self.total(move.chunk, total, is_partial=True)
+            return total
+        if move.chunk in self._source:
+            return self._source[move.chunk]
+        sizes = self._segment_bytes[move.chunk]
+        if self._zeros.nbytes < max(sizes):
+            self._zeros = self._arena.take(max(sizes))
+            self._zeros[:] = 0
+        return tuple(self._zeros[:size] for size in sizes)
+
+    def total(self, chunk: int, destination: Segments, *, is_partial: bool = False, divisor: int = 1) -> None:
+        """Sums a chunk into ``destination``: own contribution first, then arrivals in the Plan's order."""
+        own = [(self._source[chunk], False)] if chunk in self._source else []
+        contributions = own + self._arrived.get(chunk, [])
+        for number, dtype in enumerate(self._dtypes):
+            sum_views(
+                destination[number],
+                [segments[number] for segments, _ in contributions],
+                dtype,
+                destination_is_partial=is_partial,
+                sources_are_partial=[partial for _, partial in contributions],
+                divisor=divisor,
+            )
+
+    def _take(self, move: Move) -> Segments:
+        widths = self._widths if move.partial else [1] * len(self._widths)
+        sizes = self._segment_bytes[move.chunk]
+        return tuple(self._arena.take(size * width) for size, width in zip(sizes, widths, strict=True))
 
 
 def _messages(move: Move, segments: Segments) -> Iterator[Message]:
@@ -120,28 +152,3 @@ def _copy(chunks: Sequence[int], source: Mapping[int, Segments], destination: Ma
     for chunk in chunks:
         for to, view in zip(destination[chunk], source[chunk], strict=True):
             np.copyto(to, view)
-
-
-def _sum(
-    destination: Segments,
-    is_partial: bool,
-    contributions: Sequence[tuple[Segments, bool]],
-    dtypes: Sequence[str],
-    divisor: int,
-) -> None:
-    flags = [partial for _, partial in contributions]
-    for number, dtype in enumerate(dtypes):
-        sum_views(
-            destination[number],
-            [segments[number] for segments, _ in contributions],
-            dtype,
-            destination_is_partial=is_partial,
-            sources_are_partial=flags,
-            divisor=divisor,
-        )
-
-
-def _partial_bytes(sizes: Sequence[int], dtypes: Sequence[str]) -> list[int]:
-    return [
-        size // itemsize(dtype) * accumulation_itemsize(dtype) for size, dtype in zip(sizes, dtypes, strict=True)
-    ]

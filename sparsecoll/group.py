@@ -115,12 +115,12 @@ class Group:
             return self._guarded(operation, body)
         return self.start(operation, body).result()
 
-    def start(self, operation: Operation, body: Callable[[], Any]) -> Work:
-        """Runs ``body`` on the group's thread after everything that is in flight."""
+    def start(self, operation: Operation, body: Callable[[], Any], *buffers: Any) -> Work:
+        """Runs ``body`` on the group's thread after everything that is in flight; ``buffers`` live until it ends."""
         if self._worker is None:
             self._worker = threading.Thread(target=self._serve, name=f"sparsecoll-{self.rank}", daemon=True)
             self._worker.start()
-        work = Work(str(operation))
+        work = Work(str(operation), buffers)
         self._in_flight += 1
 
         def run() -> None:
@@ -178,6 +178,7 @@ class Group:
     def _serve(self) -> None:
         while (job := self._queue.get()) is not None:
             job()
+            del job  # Or it would keep its operation's buffers alive until the next one comes.
 
     def _guarded(self, operation: Operation, body: Callable[[], T]) -> T:
         if self._broken is not None:
@@ -298,7 +299,7 @@ def _make_transport(backend: str, timeout_s: float) -> Transport:
     if backend == "mpi":
         from sparsecoll.transport import mpi as mpi_transport
 
-        return mpi_transport.MpiTransport(mpi_transport.world())
+        return mpi_transport.MpiTransport(timeout_s=timeout_s)
     if backend == "nccl":
         raise BackendUnavailable("init_group: the nccl back end is not part of this version; use torch or mpi")
     raise InvalidArgument(f"init_group: expected backend auto, local, torch or mpi, got {backend!r}")
@@ -316,7 +317,7 @@ def resolve_group(group: Any) -> Group:
     if isinstance(group, Group):
         return group
     kind = type(group).__module__.split(".")[0]
-    if kind == "torch":
+    if kind == "torch" and type(group).__name__ in ("ProcessGroup", "DeviceMesh"):
         process_group = _process_group_of(group)
         if process_group not in _adopted:
             from sparsecoll.transport.torch import TorchTransport
@@ -326,7 +327,7 @@ def resolve_group(group: Any) -> Group:
     if kind == "mpi4py":
         from sparsecoll.transport import mpi as mpi_transport
 
-        return mpi_transport.attached(group, lambda transport: _adopt(transport))
+        return mpi_transport.attached(group, _adopt)
     raise InvalidArgument(
         f"group: expected a Group, None, a ProcessGroup, a DeviceMesh axis or an mpi4py communicator, got {group!r}"
     )

@@ -33,7 +33,10 @@ class Placement:
             InvalidArgument: an owner out of range, a mask of the wrong shape, or one that leaves out an owner.
         """
         owner_ranks = _integers("owners", owners)
-        mask = np.asarray(holders)
+        try:
+            mask = np.asarray(holders)
+        except ValueError as error:
+            raise InvalidArgument(f"Placement: expected holders to be a rectangular mask: {error}") from None
         if mask.dtype != np.bool_:
             raise InvalidArgument(f"Placement: expected holders to be a bool mask, got {mask.dtype}")
         if mask.ndim != 2 or mask.shape[0] != len(owner_ranks) or mask.shape[1] < 1:
@@ -47,7 +50,8 @@ class Placement:
             )
         for chunk in np.flatnonzero(~mask[np.arange(len(owner_ranks)), owner_ranks]):
             raise InvalidArgument(
-                f"Placement: expected holders to include the owner, but chunk {chunk} leaves out rank {owner_ranks[chunk]}"
+                f"Placement: expected holders to include the owner, but chunk {chunk} leaves out rank "
+                f"{owner_ranks[chunk]}"
             )
         self.owners = owner_ranks.astype(np.int32)
         self.holders = mask.copy()
@@ -57,7 +61,7 @@ class Placement:
     @classmethod
     def even(cls, num_chunks: int, world_size: int) -> Placement:
         """Contiguous shares, as equal as they can be, the larger ones first; no replicas."""
-        if num_chunks < 0 or world_size < 1:
+        if not _is_integer(num_chunks) or not _is_integer(world_size) or num_chunks < 0 or world_size < 1:
             raise InvalidArgument(
                 f"Placement.even: expected num_chunks >= 0 and world_size >= 1, got {num_chunks} and {world_size}"
             )
@@ -75,12 +79,10 @@ class Placement:
         """A Placement with more holders: chunk → ranks that hold it too."""
         mask = self.holders.copy()
         for chunk, ranks in replicas.items():
-            if not 0 <= chunk < self.num_chunks:
-                raise InvalidArgument(
-                    f"Placement.replicate: expected chunks in 0..{self.num_chunks - 1}, got {chunk}"
-                )
+            if not _is_integer(chunk) or not 0 <= chunk < self.num_chunks:
+                raise InvalidArgument(f"Placement.replicate: expected chunks in 0..{self.num_chunks - 1}, got {chunk}")
             for rank in ranks:
-                if not 0 <= rank < self.world_size:
+                if not _is_integer(rank) or not 0 <= rank < self.world_size:
                     raise InvalidArgument(
                         f"Placement.replicate: expected ranks in 0..{self.world_size - 1}, got {rank} for chunk {chunk}"
                     )
@@ -122,6 +124,15 @@ class Placement:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the constructor, so that copies are immutable too.
+        return Placement, (self.owners, self.holders)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"Placement: expected to be left unchanged, got a new {name}")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         replicas = int(self.holders.sum()) - self.num_chunks
         return (
@@ -130,8 +141,15 @@ class Placement:
         )
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _integers(name: str, values: ArrayLike | Sequence[int]) -> NDArray[np.int64]:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise InvalidArgument(f"Placement: expected {name} to be a list of integers: {error}") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InvalidArgument(
             f"Placement: expected {name} to be a list of integers, got {array.dtype} of shape {list(array.shape)}"

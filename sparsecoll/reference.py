@@ -25,7 +25,7 @@ def all_gather(
 ) -> list[list[Array]]:
     """Rank r passes its owned chunks (of the subset) in order; rank r gets those that it holds."""
     subset = range(place.num_chunks) if chunks is None else chunks
-    content = {}
+    content: dict[int, Array] = {}
     for rank, shard in enumerate(shards):
         owned = [chunk for chunk in subset if place.owners[chunk] == rank]
         content.update(zip(owned, shard, strict=True))

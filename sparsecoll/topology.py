@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 from sparsecoll.errors import InvalidArgument
 
@@ -37,6 +38,10 @@ class Topology:
     scale_out: Link = Link(bandwidth_bytes_per_s=1.25e9, latency_s=2e-5)
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "node_of", tuple(index(node) for node in self.node_of))
+        except TypeError:
+            raise InvalidArgument(f"Topology: expected a node number for each rank, got {self.node_of}") from None
         if not self.node_of:
             raise InvalidArgument("Topology: expected at least one rank, got none")
         nodes = set(self.node_of)

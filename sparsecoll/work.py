@@ -18,18 +18,13 @@ class Work:
         moved: the `Counters` of what it sent and received; None until it has ended.
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, buffers: Any = None) -> None:
         self.description = description
         self.moved: Any = None
         self._ended = threading.Event()
         self._result: Any = None
         self._exception: BaseException | None = None
-        self._buffers: Any = None
-
-    def hold(self, *buffers: Any) -> Work:
-        """Keeps ``buffers`` alive until the operation ends."""
         self._buffers = buffers
-        return self
 
     def finish(self, result: Any = None, exception: BaseException | None = None) -> None:
         """Marks the end; called once, by whoever runs the operation."""

@@ -208,7 +208,9 @@ def check_tuple_and_list(group: sc.Group) -> None:
 
 def check_numpy_and_out(group: sc.Group) -> None:
     num_chunks = group.world_size + 2
-    place = sc.Placement.even(num_chunks, group.world_size).replicate(dict.fromkeys(range(num_chunks), range(group.world_size)))
+    place = sc.Placement.even(num_chunks, group.world_size).replicate(
+        dict.fromkeys(range(num_chunks), range(group.world_size))
+    )
     shard = exact(rows(place.owned_by(group.rank), group.rank, 9, "float32")).astype(np.float32)
     out = np.full((place.num_chunks, 9), np.nan, np.float32)
     result = sc.sparse_all_gather(shard, place, group=group, out=out)
@@ -261,7 +263,9 @@ def check_all_to_all(group: sc.Group) -> None:
         "large": np.full((world_size, world_size), 4000 // world_size),
     }
     if world_size > 16:
-        matrices = {"sparse": random.integers(0, 4, (world_size, world_size)) * (random.random((world_size,) * 2) < 0.1)}
+        matrices = {
+            "sparse": random.integers(0, 4, (world_size, world_size)) * (random.random((world_size,) * 2) < 0.1)
+        }
     for name, counts in matrices.items():
         xs = [
             (np.arange(counts[src].sum() * 3).reshape(-1, 3) + 1000 * src).astype(np.float64)
@@ -355,7 +359,9 @@ def check_errors(group: sc.Group) -> None:
             place,
             group=group,
         ),
-        "send_counts": lambda: sc.all_to_all(good, [-1] * group.world_size if on_last else [0] * last + [1], group=group),
+        "send_counts": lambda: sc.all_to_all(
+            good, [-1] * group.world_size if on_last else [0] * last + [1], group=group
+        ),
         "rows, got": lambda: sc.all_to_all(good, [2] * group.world_size if on_last else [0] * last + [1], group=group),
     }
     for text, attempt in unsound.items():

@@ -112,4 +112,3 @@ def _first_difference(first: Any, other: Any) -> tuple[str, Any, Any]:
             if a != b:
                 return f"[{index}]", a, b
     return "", first, other
-

@@ -56,7 +56,7 @@ def all_to_all(
         return differentiable_all_to_all(x, send_counts, recv_counts, resolved, timeout_s)
     operation = resolved.operation(_NAME, timeout_s)
     body: Callable[[], Any] = lambda: run_all_to_all(resolved, operation, x, send_counts, recv_counts)[0]  # noqa: E731
-    return resolved.start(operation, body).hold(x) if async_op else resolved.run(operation, body)
+    return resolved.start(operation, body, x) if async_op else resolved.run(operation, body)
 
 
 def run_all_to_all(

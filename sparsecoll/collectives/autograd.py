@@ -59,7 +59,9 @@ def _divided(call: Call, owned: Any, rank: int) -> Any:
     counts = call.place.holders.sum(axis=1)[chunks].tolist()
     if isinstance(owned, list):
         return [unflatten(row, (t / n for t in flatten(row))) for row, n in zip(owned, counts, strict=True)]
-    return unflatten(owned, (t / torch.tensor(counts, dtype=t.dtype).view(-1, *[1] * (t.dim() - 1)) for t in flatten(owned)))
+    return unflatten(
+        owned, (t / torch.tensor(counts, dtype=t.dtype).view(-1, *[1] * (t.dim() - 1)) for t in flatten(owned))
+    )
 
 
 def differentiable_all_to_all(x: Any, send_counts: Any, recv_counts: Any, group: Group, timeout_s: Any) -> Any:

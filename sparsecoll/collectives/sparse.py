@@ -67,7 +67,7 @@ def sparse_all_gather(
         algorithm: for the plan made here.
         out: receives the held chunks, in the form and dtype of ``shard``: ``[num_held, *chunk_shape]``.
         async_op: return a `Work` at once.
-        timeout_s: the group's by default.
+        timeout_s: the group's by default; may differ between ranks.
 
     Returns:
         The held chunks, ascending, in the form of ``shard``; or a `Work` whose ``result()`` they are.
@@ -77,7 +77,7 @@ def sparse_all_gather(
         CollectiveMismatch: another rank's are, or ranks disagree (in checked mode); nothing has been sent.
         CollectiveTimeout, PeerFailure, TransportError: the group is unusable afterwards.
     """
-    call = Call("sparse_all_gather", place, _listed(chunks), plan, algorithm, False)
+    call = Call("sparse_all_gather", place, chunks, plan, algorithm, False)
     return _issue(call, shard, out, group, async_op, timeout_s)
 
 
@@ -107,7 +107,7 @@ def sparse_reduce_scatter(
         out: receives the owned chunks; may be rows of ``held``.
     """
     problem = None if op in ("sum", "mean") else InvalidArgument(f"expected op sum or mean, got {op!r}")
-    call = Call("sparse_reduce_scatter", place, _listed(chunks), plan, algorithm, op == "mean", problem)
+    call = Call("sparse_reduce_scatter", place, chunks, plan, algorithm, op == "mean", problem)
     return _issue(call, held, out, group, async_op, timeout_s)
 
 
@@ -123,11 +123,20 @@ class Call:
 
     name: str
     place: Placement
-    chunks: tuple[int, ...] | None
+    chunks: Iterable[int] | None
     plan: Plan | None
     algorithm: str
     mean: bool
     problem: Exception | None = None
+
+    def settled(self) -> Call:
+        """The same with ``chunks`` listed once, for a user may pass an iterator."""
+        if self.chunks is None:
+            return self
+        try:
+            return replace(self, chunks=tuple(self.chunks))
+        except TypeError as error:
+            return replace(self, chunks=None, problem=self.problem or InvalidArgument(f"chunks: {error}"))
 
     @property
     def gathers(self) -> bool:
@@ -161,6 +170,8 @@ class Call:
             raise InvalidArgument(
                 f"expected a placement of {group.world_size} ranks (as the group), got {self.place.world_size}"
             )
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise InvalidArgument(f"expected plan to be a Plan, got {type(self.plan).__name__}")
         subset = chunk_subset(self.place, self.chunks)
         taking_part = set(subset)
         owned, held = self.place.owned_by(group.rank).tolist(), self.place.held_by(group.rank).tolist()
@@ -185,10 +196,9 @@ class Call:
 
     def _plan(self, group: Group, layout: Layout, sizes: dict[int, tuple[int, ...]], subset: tuple[int, ...]) -> Plan:
         chunk_bytes = [sum(sizes[chunk]) if chunk in sizes else 0 for chunk in range(self.place.num_chunks)]
+        partial = chunk_bytes
         if self.gathers:
-            plan = self.plan or plan_all_gather(
-                self.place, chunk_bytes, group.topology, self.algorithm, chunks=subset
-            )
+            plan = self.plan or plan_all_gather(self.place, chunk_bytes, group.topology, self.algorithm, chunks=subset)
         else:
             widths = [accumulation_itemsize(dtype) // itemsize_of(dtype) for dtype in layout.dtypes]
             partial = [
@@ -199,10 +209,12 @@ class Call:
                 self.place, chunk_bytes, group.topology, self.algorithm, chunks=subset, partial_bytes=partial
             )
         if self.plan is not None:
-            self._check_plan(plan, chunk_bytes, subset)
+            self._check_plan(plan, chunk_bytes, chunk_bytes if self.gathers else partial, subset)
         return plan
 
-    def _check_plan(self, plan: Plan, chunk_bytes: Sequence[int], subset: tuple[int, ...]) -> None:
+    def _check_plan(
+        self, plan: Plan, chunk_bytes: Sequence[int], partial_bytes: Sequence[int], subset: tuple[int, ...]
+    ) -> None:
         op = self.name.removeprefix("sparse_")
         if plan.op != op:
             raise InvalidArgument(f"expected a plan of op {op}, got {plan.op}")
@@ -214,6 +226,11 @@ class Call:
             if plan.chunk_bytes[chunk] != chunk_bytes[chunk]:
                 raise InvalidArgument(
                     f"expected a plan with {chunk_bytes[chunk]} bytes in chunk {chunk}, got {plan.chunk_bytes[chunk]}"
+                )
+            if plan.partial_bytes[chunk] != partial_bytes[chunk]:
+                raise InvalidArgument(
+                    f"expected a plan with partial_bytes {partial_bytes[chunk]} for chunk {chunk}, got "
+                    f"{plan.partial_bytes[chunk]}"
                 )
 
     def _with_shapes(
@@ -332,19 +349,16 @@ class _Prepared:
         }
 
 
-def _listed(chunks: Iterable[int] | None) -> tuple[int, ...] | None:
-    return None if chunks is None else tuple(chunks)
-
-
 def _issue(call: Call, value: Any, out: Any, group: Any, async_op: bool, timeout_s: float | None) -> Any:
     resolved = resolve_group(group)
+    call = call.settled()
     if out is None and not async_op and wants_gradient(value):
         from sparsecoll.collectives.autograd import differentiable
 
         return differentiable(call, value, resolved, timeout_s)
     operation = resolved.operation(call.name, timeout_s)
     body: Callable[[], Any] = lambda: call.run(resolved, operation, value, out)  # noqa: E731
-    return resolved.start(operation, body).hold(value, out) if async_op else resolved.run(operation, body)
+    return resolved.start(operation, body, value, out) if async_op else resolved.run(operation, body)
 
 
 def _as_invalid(name: str, error: Exception, group: Group) -> Exception:

@@ -89,7 +89,7 @@ class Backward:
     def _queue(self) -> None:
         if not self._queued:
             self._queued = True
-            Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self._finish)
 
     @torch.no_grad()
     def _finish(self) -> None:

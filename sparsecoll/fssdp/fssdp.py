@@ -31,9 +31,7 @@ __all__ = ["FSSDP", "FSSDPModule"]
 _log = logging.getLogger("sparsecoll")
 
 
-def FSSDP(  # noqa: N802
-    module: nn.Module, *, group: Any = None, balancer: str | Balancer = "busiest"
-) -> FSSDPModule:
+def FSSDP(module: nn.Module, *, group: Any = None, balancer: str | Balancer = "busiest") -> FSSDPModule:
     """Applies fully sharded sparse data parallelism to ``module``, in place (Hecate, sections 3 and 4).
 
     Every `MoELayer` inside keeps only its share of the experts on each rank, parameters and (through any torch
@@ -119,9 +117,7 @@ class FSSDPModule(nn.Module):
         self._fssdp.backward.averages_dense = requires_gradient_sync
 
     @torch.no_grad()
-    def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-    ) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scales all gradients so that their norm, over all ranks, is at most ``max_norm``.
 
         Equals `torch.nn.utils.clip_grad_norm_` of one process: each expert counts once, at its owner, and each dense
@@ -224,5 +220,8 @@ def _power_sum(grads: list[Tensor], norm_type: float) -> float:
     """Sum of the ``norm_type``-th powers of all elements, or their largest for the infinity norm."""
     if not grads:
         return 0.0
-    norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads if g.numel()] or [torch.zeros((), dtype=torch.float64)])
+    norms = torch.stack(
+        [torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads if g.numel()]
+        or [torch.zeros((), dtype=torch.float64)]
+    )
     return float(norms.max() if math.isinf(norm_type) else (norms**norm_type).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class ShardedLayer:
         self.group = group
         self.base = base
         self.balancer = balancer
-        self.chunk_bytes = sum(weight[0].nbytes for weight in layer.experts.weights)
+        self.chunk_bytes = sum(_row_elements(weight) * weight.element_size() for weight in layer.experts.weights)
         self.load = LayerLoad(fqn, layer.experts.num_experts)
         self.last_plan: Plan | None = None
         self._memory = memory
@@ -90,9 +91,7 @@ class ShardedLayer:
         self.last_plan = plan_all_gather(place, self.chunk_bytes, self.group.topology, chunks=hot)
         with record_function(f"FSSDP::sparse_all_gather ({self.fqn})"):
             shard = tuple(weight.detach() for weight in self.experts)
-            work = sparse_all_gather(
-                shard, place, chunks=hot, group=self.group, plan=self.last_plan, async_op=True
-            )
+            work = sparse_all_gather(shard, place, chunks=hot, group=self.group, plan=self.last_plan, async_op=True)
         self._prefetch = _Prefetch(place, hot, work)
 
     def take_materialized(self) -> Materialized:
@@ -156,5 +155,10 @@ class ShardedLayer:
 
     def _partial_bytes(self) -> int:
         return sum(
-            weight[0].numel() * max(weight.element_size(), torch.float32.itemsize) for weight in self.experts
+            _row_elements(weight) * max(weight.element_size(), torch.float32.itemsize) for weight in self.experts
         )
+
+
+def _row_elements(weight: Tensor) -> int:
+    """Elements of one expert's matrix, also where a rank owns none."""
+    return math.prod(weight.shape[1:])

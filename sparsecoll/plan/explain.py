@@ -30,11 +30,12 @@ def explain(plan: Plan) -> str:
     owns = np.bincount(plan.place.owners[chunks], minlength=plan.place.world_size)
     holds = plan.place.holders[chunks].sum(axis=0)
     rows = [
-        f"{rank:>6} {owns[rank]:>6} {holds[rank]:>6} {plan.sent_transfers[rank]:>6} {_bytes(plan.sent_bytes[rank]):>12} "
-        f"{_bytes(plan.received_bytes[rank]):>12} {_bytes(plan.staging_bytes[rank]):>12}"
+        f"{rank:>6} {owns[rank]:>6} {holds[rank]:>6} {plan.sent_transfers[rank]:>6} "
+        f"{_bytes(plan.sent_bytes[rank]):>12} {_bytes(plan.received_bytes[rank]):>12} "
+        f"{_bytes(plan.staging_bytes[rank]):>12}"
         for rank in range(plan.place.world_size)
     ]
-    lines += _shortened(rows) + ["", f"{'chunk':>6} {'bytes':>12}  transfers (stage: from > to)"]
+    lines += [*_shortened(rows), "", f"{'chunk':>6} {'bytes':>12}  transfers (stage: from > to)"]
     return "\n".join(lines + _shortened(_chunk_rows(plan)))
 
 

@@ -57,7 +57,7 @@ class Plan:
         whole = np.asarray(self.chunk_bytes, np.int64)
         partial = np.asarray(self.partial_bytes, np.int64)
         chunk = self.transfers["chunk"]
-        return np.where(self.transfers["partial"], partial[chunk], whole[chunk])
+        return _frozen(np.where(self.transfers["partial"], partial[chunk], whole[chunk]))
 
     @cached_property
     def sent_bytes(self) -> NDArray[np.int64]:
@@ -87,7 +87,7 @@ class Plan:
         without = ~transfers["partial"] & ~place.holders[chunk, transfers["src"]]
         zeros = np.zeros(place.world_size, np.int64)
         np.maximum.at(zeros, transfers["src"], np.where(without, self.transfer_bytes, 0))
-        return arrivals + sent_sums + zeros
+        return _frozen(arrivals + sent_sums + zeros)
 
     @cached_property
     def predicted_s(self) -> float:
@@ -141,7 +141,13 @@ class Plan:
     def _per_rank(self, side: str, amounts: NDArray[np.int64]) -> NDArray[np.int64]:
         totals = np.zeros(self.place.world_size, np.int64)
         np.add.at(totals, self.transfers[side], amounts)
-        return totals
+        return _frozen(totals)
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Plans are shared by all callers with equal arguments, so none may change what another sees."""
+    array.flags.writeable = False
+    return array
 
 
 def transfer_table(stage: Any, src: Any, dst: Any, chunk: Any, partial: Any) -> NDArray[Any]:
@@ -150,5 +156,4 @@ def transfer_table(stage: Any, src: Any, dst: Any, chunk: Any, partial: Any) -> 
     table = np.zeros(columns[0].shape, TRANSFER)
     for name, column in zip(TRANSFER.names or (), columns, strict=True):
         table[name] = column
-    table.flags.writeable = False
-    return table
+    return _frozen(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import index
 
 import numpy as np
 
@@ -38,6 +39,7 @@ def plan_all_gather(
     Raises:
         InvalidArgument: sizes, topology, algorithm or chunks do not fit.
     """
+    _check(place, topology, algorithm)
     sizes = _sizes("chunk_bytes", chunk_bytes, place)
     return _plan("all_gather", place, sizes, sizes, topology, algorithm, chunk_subset(place, chunks))
 
@@ -57,6 +59,7 @@ def plan_reduce_scatter(
         partial_bytes: size of a partial sum of a chunk, where it differs from ``chunk_bytes`` because 16-bit floats
             are accumulated in float32.
     """
+    _check(place, topology, algorithm)
     sizes = _sizes("chunk_bytes", chunk_bytes, place)
     partial = sizes if partial_bytes is None else _sizes("partial_bytes", partial_bytes, place)
     return _plan("reduce_scatter", place, sizes, partial, topology, algorithm, chunk_subset(place, chunks))
@@ -66,7 +69,10 @@ def chunk_subset(place: Placement, chunks: Iterable[int] | None) -> tuple[int, .
     """Ascending chunk numbers without duplicates; None is all of them."""
     if chunks is None:
         return tuple(range(place.num_chunks))
-    subset = tuple(int(chunk) for chunk in chunks)
+    try:
+        subset = tuple(index(chunk) for chunk in chunks)
+    except TypeError:
+        raise InvalidArgument(f"chunks: expected chunk numbers, got {chunks}") from None
     if len(set(subset)) != len(subset) or list(subset) != sorted(subset):
         raise InvalidArgument(f"chunks: expected ascending chunk numbers without duplicates, got {list(subset)}")
     if subset and not 0 <= subset[0] <= subset[-1] < place.num_chunks:
@@ -84,12 +90,6 @@ def _plan(
     algorithm: str,
     chunks: tuple[int, ...],
 ) -> Plan:
-    if topology.world_size != place.world_size:
-        raise InvalidArgument(
-            f"plan: expected a topology of {place.world_size} ranks (as the placement), got {topology.world_size}"
-        )
-    if algorithm not in ("auto", *ALGORITHMS[op]):
-        raise InvalidArgument(f"plan: expected algorithm auto, {' or '.join(ALGORITHMS[op])}, got {algorithm!r}")
     # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
     moving = np.array([chunk for chunk in chunks if chunk_bytes[chunk]], np.int64)
     names = list(ALGORITHMS[op]) if algorithm == "auto" else [algorithm]
@@ -100,8 +100,25 @@ def _plan(
     return min(plans, key=lambda plan: plan.predicted_s)
 
 
+def _check(place: Placement, topology: Topology, algorithm: str) -> None:
+    if not isinstance(place, Placement) or not isinstance(topology, Topology):
+        raise InvalidArgument(f"plan: expected a Placement and a Topology, got {place!r} and {topology!r}")
+    if topology.world_size != place.world_size:
+        raise InvalidArgument(
+            f"plan: expected a topology of {place.world_size} ranks (as the placement), got {topology.world_size}"
+        )
+    if not isinstance(algorithm, str) or algorithm not in ("auto", *ALGORITHMS["all_gather"]):
+        names = " or ".join(ALGORITHMS["all_gather"])
+        raise InvalidArgument(f"plan: expected algorithm auto, {names}, got {algorithm!r}")
+
+
 def _sizes(name: str, sizes: Sizes, place: Placement) -> tuple[int, ...]:
-    listed = (int(sizes),) * place.num_chunks if isinstance(sizes, (int, np.integer)) else tuple(map(int, sizes))
+    try:
+        listed = tuple(map(index, sizes)) if isinstance(sizes, Iterable) else (index(sizes),) * place.num_chunks
+    except TypeError:
+        raise InvalidArgument(f"plan: expected {name} to be integers, got {sizes}") from None
+    if sum(listed) * place.world_size**2 >= 2**63:
+        raise InvalidArgument(f"plan: expected {name} whose totals over all ranks fit 63 bits, got {sizes}")
     if len(listed) != place.num_chunks or any(size < 0 for size in listed):
         raise InvalidArgument(
             f"plan: expected {name} to be a size or {place.num_chunks} sizes, none negative, got {sizes}"

@@ -11,9 +11,10 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,7 +36,9 @@ from sparsecoll.transport.tagged import (
     read_notice,
 )
 
-__all__ = ["MpiTransport"]
+__all__ = ["MpiTransport", "attached"]
+
+T = TypeVar("T")
 
 _NOTICE_TAG = NOTICE_TAG - NUM_PAYLOAD_TAGS
 _SPIN_S = 5e-4
@@ -167,6 +170,25 @@ class MpiTransport(TaggedTransport):
 
     def close(self) -> None:
         self._ending = self._ending or f"rank {self.rank} has closed it"
+
+
+def attached(comm: Any, make: Callable[[MpiTransport], T]) -> T:
+    """What ``make`` made of a transport over ``comm``, kept as an attribute of ``comm`` and so made only once.
+
+    Collective over ``comm`` at first use. MPI forgets the attribute when the communicator is freed, so a new
+    communicator that gets the old one's handle starts afresh.
+    """
+    key = _attachment_key()
+    found = comm.Get_attr(key)
+    if found is None:
+        found = make(MpiTransport(comm))
+        comm.Set_attr(key, found)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _attachment_key() -> int:
+    return _import_mpi().Comm.Create_keyval()
 
 
 def _patience(deadline_s: float) -> Iterator[float]:

@@ -57,10 +57,10 @@ class TorchTransport(TaggedTransport):
         # Gloo sends nothing that is not awaited, so the notice of an abort is awaited from the start.
         self._notices = [new_notice() for _ in self._peers]
         start = Operation("TorchTransport", 0, 0.0)
-        self._listening = [
-            self._start(peer, notice, NOTICE_TAG, start, is_send=False)
-            for peer, notice in zip(self._peers, self._notices, strict=True)
-        ]
+        self._listening: list[Request] = []
+        for peer, notice in zip(self._peers, self._notices, strict=True):
+            with contextlib.suppress(SparsecollError):  # it may have closed already; whoever needs it will be told
+                self._listening.append(self._start(peer, notice, NOTICE_TAG, start, is_send=False))
 
     def _start(self, peer: int, view: View, tag: int, operation: Operation, *, is_send: bool) -> Request:
         import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import signal
@@ -19,7 +18,6 @@ from tests.worker import CheckResults
 
 BACKENDS = ["gloo", "mpi"]
 WORLD_SIZES = (1, 2, 3, 4)
-OWN_CHECKS = {"gloo": CLOSURE_CHECKS, "mpi": SIZE_CHECKS}
 
 
 @functools.cache

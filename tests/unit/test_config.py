@@ -47,7 +47,7 @@ def test_other_booleans_are_refused(text: str) -> None:
 
 
 def test_misspelt_names_are_refused() -> None:
-    with pytest.raises(sc.InvalidArgument, match="got SPARSECOLL_TIMEOUT$"):
+    with pytest.raises(sc.InvalidArgument, match=r"got SPARSECOLL_TIMEOUT$"):
         Config.from_environment({"SPARSECOLL_TIMEOUT": "3"})
 
 

