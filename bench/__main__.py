@@ -18,6 +18,7 @@ _CASES = {
     "reduce_scatter": "bench.collectives.reduce_scatter",
     "all_to_all": "bench.collectives.all_to_all",
     "kernels": "bench.kernels",
+    "parity": "bench.parity",
 }
 
 

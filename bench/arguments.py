@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPES", "Options", "parse"]
+__all__ = ["DTYPES", "LAUNCHED", "Options", "parse"]
+
+# What follows this flag was added by `bench.launch`, and is not what a person gave.
+LAUNCHED = "--launched"
 
 # Names as in nccl-tests; NumPy has no bfloat16.
 DTYPES = {
@@ -130,7 +133,7 @@ def parse(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool, 
         step = ("step_bytes", 1 << 20 if found.stepbytes is None else found.stepbytes)
     return Options(
         case=case,
-        arguments=tuple(arguments),
+        arguments=_as_given(arguments),
         sizes=_sizes(smallest, largest, step),
         step=step,
         iterations=found.iters,
@@ -194,7 +197,7 @@ def _parser(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool
         add("--summary", action="store_true", help="a line for each rank")
         parser.set_defaults(density=1.0, algorithm="direct")
     # Ranks that this program has started must not start others, whatever their environment looks like.
-    add("--launched", action="store_true", help=argparse.SUPPRESS)
+    add(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
     refused: dict[tuple[str, ...], str] = dict(_REFUSED)
     if not ops:
         refused[("-o", "--op")] = "nothing is reduced"
@@ -217,6 +220,11 @@ class _Refuse(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         parser.error(f"{'/'.join(self.option_strings)} is not offered here: {self._reason}")
+
+
+def _as_given(arguments: Sequence[str]) -> tuple[str, ...]:
+    listed = list(arguments)
+    return tuple(listed[: listed.index(LAUNCHED)] if LAUNCHED in listed else listed)
 
 
 def _sizes(smallest: int, largest: int, step: tuple[str, int]) -> tuple[int, ...]:

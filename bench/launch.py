@@ -11,15 +11,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import sparsecoll as sc
-from bench.arguments import Options
+from bench.arguments import LAUNCHED, Options
 from bench.report import merge_records, write_record
 
-__all__ = ["leave", "run_all"]
+__all__ = ["leave", "run_all", "run_ranks"]
 
 _DEFAULT_RANKS = 2
 _GRACE_S = 10.0
@@ -50,6 +50,15 @@ def run_all(options: Options, run_rank: Callable[[sc.Group], dict[str, Any]]) ->
     return record
 
 
+def run_ranks(backend: str, ranks: int, arguments: Sequence[str]) -> int:
+    """Runs ``python -m bench <arguments>`` on ``ranks`` processes over a back end and returns the exit status."""
+    command = [*_starter(backend, ranks), "-m", "bench", *arguments]
+    # Ranks that share the machine would otherwise each use all of its cores.
+    environ = {"OMP_NUM_THREADS": "1", **os.environ}
+    sys.stdout.flush()
+    return _wait(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
+
+
 def leave(backend: str) -> None:
     """Takes this rank out of what `sparsecoll.init_group` has started and a closed group leaves running."""
     if backend == "torch":
@@ -71,14 +80,10 @@ def _run(backend: str, options: Options, run_rank: Callable[[sc.Group], dict[str
         return sc.run_local(run_rank, ranks, timeout_s=options.timeout_s * (num_rows + 1))[0]
     with tempfile.TemporaryDirectory(prefix="sparsecoll-bench-") as folder:
         output = Path(folder, "record.json")
-        command = [*_starter(backend, ranks), "-m", "bench", options.case, *options.arguments]
-        command += ["--launched", "--backend", backend, "--ranks", str(ranks), "--json", str(output)]
-        # Ranks that share the machine would otherwise each use all of its cores.
-        environ = {"OMP_NUM_THREADS": "1", **os.environ}
-        sys.stdout.flush()
-        status = _wait(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
+        arguments = [options.case, *options.arguments, "--launched", "--backend", backend, "--ranks", str(ranks)]
+        status = run_ranks(backend, ranks, [*arguments, "--json", str(output)])
         if not output.exists():
-            raise _JobFailed(f"{' '.join(command[:4])} … ended with status {status}")
+            raise _JobFailed(f"{ranks} ranks ended with status {status}")
         record: dict[str, Any] = json.loads(output.read_text())
         return record
 

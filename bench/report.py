@@ -95,7 +95,7 @@ class Report:
     def add(self, row: Row) -> None:
         """Prints a row."""
         if not self._rows or row.baseline != self._rows[-1].baseline:
-            _say(f"# Base line (dense): {row.baseline}; copy: np.copyto of a rank's output bytes on all ranks at once")
+            _say(f"# Baseline (dense): {row.baseline}; copy: np.copyto of a rank's output bytes on all ranks at once")
         if row.op != "none" and (not self._rows or row.op != self._rows[-1].op):
             _say(f"# redop: {row.op}")
         if not self._rows:
@@ -113,7 +113,7 @@ class Report:
             sizes = [row.facts.size_bytes for row in self._rows if row.num_wrong]
             _say(f"# Validation failed at message sizes: {', '.join(map(str, sizes))}")
         _say(f"# Out of bounds values : {count} {'OK' if record['passed'] else 'FAILED'}")
-        _say(f"# Avg bus bandwidth    : {_fit(record['average_bus_bandwidth']['bandwidth'], 1, 4)}")
+        _say(f"# Avg bus bandwidth    : {record['average_bus_bandwidth']['bandwidth']:.4g}")
         for name, value in record["summary"].items():
             _say(f"# {name} at {self._largest().facts.size_bytes} bytes : {value:.3f}")
         _say(f"# Collective test concluded: {self._options.case}")

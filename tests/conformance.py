@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def placements(world_size: int) -> dict[str, sc.Placement]:
         "fewer chunks than ranks": sc.Placement.even(max(1, world_size - 1), world_size).replicate({0: everyone}),
         "no replicas": sc.Placement.even(2 * world_size + 1, world_size),
         "all held by all": sc.Placement.even(world_size + 2, world_size).replicate(
-            {chunk: everyone for chunk in range(world_size + 2)}
+            dict.fromkeys(range(world_size + 2), everyone)
         ),
         "one owner of everything": sc.Placement.of_owners([world_size - 1] * 5, world_size).replicate(
             {1: everyone, 3: [0]}
@@ -63,14 +63,14 @@ def exact(tensor: torch.Tensor) -> np.ndarray:
 _oracle_lock = threading.Lock()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gathered(place: sc.Placement, size: int, dtype: str) -> list[np.ndarray]:
     ranks = range(place.world_size)
     shards = [[exact(row(c, r, size, dtype)) for c in place.owned_by(r)] for r in ranks]
     return [np.array(each).reshape(-1, size) for each in reference.all_gather(shards, place)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reduced(place: sc.Placement, size: int, dtype: str, op: str) -> list[np.ndarray]:
     ranks = range(place.world_size)
     held = [[exact(row(c, r, size, dtype)) for c in place.held_by(r)] for r in ranks]

@@ -140,6 +140,7 @@ def open_transport(job: Job, num_ranks: int | None = None) -> Transport | None:
     if not begin:
         return TorchTransport(own_group(job.timeout_s), owned=True)
     group = dist.new_group(list(range(begin, job.world_size)), backend="gloo")
+    dist.barrier()  # a rank that is through with its group would break it for those that still connect
     return TorchTransport(group, owned=True) if dist.get_rank() >= begin else None
 
 

@@ -69,7 +69,7 @@ class ShardedLayer:
         self.base = base
         self.balancer = balancer
         self.chunk_bytes = sum(_row_elements(weight) * weight.element_size() for weight in layer.experts.weights)
-        self.load = LayerLoad(fqn, layer.experts.num_experts)
+        self.load = LayerLoad(fqn, layer.experts.num_experts, dense_bytes=self._dense_bytes())
         self.last_plan: Plan | None = None
         self._memory = memory
         self._history: deque[NDArray[np.int64]] = deque(maxlen=balancer.window)
@@ -152,6 +152,14 @@ class ShardedLayer:
     def count_dispatch(self, moved: Counters) -> None:
         """Adds the traffic of an all-to-all to the report."""
         self.load.dispatch_bytes += moved.sent_bytes
+
+    def _dense_bytes(self) -> int:
+        """What this rank would send if gather and reduction of all experts were dense."""
+        gather = plan_all_gather(self.base, self.chunk_bytes, self.group.topology, "dense")
+        reduce = plan_reduce_scatter(
+            self.base, self.chunk_bytes, self.group.topology, "dense", partial_bytes=self._partial_bytes()
+        )
+        return int(gather.sent_bytes[self.group.rank] + reduce.sent_bytes[self.group.rank])
 
     def _partial_bytes(self) -> int:
         return sum(

@@ -59,7 +59,7 @@ class TorchTransport(TaggedTransport):
         start = Operation("TorchTransport", 0, 0.0)
         self._listening: list[Request] = []
         for peer, notice in zip(self._peers, self._notices, strict=True):
-            with contextlib.suppress(SparsecollError):  # it may have closed already; whoever needs it will be told
+            with contextlib.suppress(SparsecollError):  # has it closed already, whoever needs it will be told
                 self._listening.append(self._start(peer, notice, NOTICE_TAG, start, is_send=False))
 
     def _start(self, peer: int, view: View, tag: int, operation: Operation, *, is_send: bool) -> Request:
@@ -168,8 +168,12 @@ def own_group(timeout_s: float) -> ProcessGroup:
     dist = _import_distributed()
     operation = Operation("own_group", 0, timeout_s)
     try:
-        _await_all(dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size(), operation)
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        store, rank, world_size = dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size()
+        _await_all(store, rank, world_size, operation)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # Once more: a rank that closes its group would break it for those that are still connecting to others.
+        _await_all(store, rank, world_size, operation)
+        return group
     except (RuntimeError, ValueError) as exc:
         raise _startup_error(exc, operation) from exc
 

@@ -20,17 +20,27 @@ BACKENDS = ["gloo", "mpi"]
 WORLD_SIZES = (1, 2, 3, 4)
 
 
-@functools.cache
-def results_of(backend: str) -> CheckResults:
-    return spawn_checks(CHECKS + OWN_CHECKS[backend], WORLD_SIZES, backend, timeout_s=55.0)
+@pytest.fixture(scope="module")
+def gloo_results() -> CheckResults:
+    return spawn_checks(CHECKS + CLOSURE_CHECKS, WORLD_SIZES, "gloo", timeout_s=55.0)
+
+
+@pytest.fixture(scope="module")
+def mpi_results() -> CheckResults:
+    return spawn_checks(CHECKS + SIZE_CHECKS, WORLD_SIZES, "mpi", timeout_s=55.0)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("backend", "check"), [(name, each) for name in BACKENDS for each in CHECKS + OWN_CHECKS[name]]
-)
-def test_check(backend: str, check: str, world_size: int) -> None:
-    failure = results_of(backend)[check, world_size]
+@pytest.mark.parametrize("check", CHECKS + CLOSURE_CHECKS)
+def test_gloo(check: str, world_size: int, gloo_results: CheckResults) -> None:
+    failure = gloo_results[check, world_size]
+    assert failure is None, failure
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("check", CHECKS + SIZE_CHECKS)
+def test_mpi(check: str, world_size: int, mpi_results: CheckResults) -> None:
+    failure = mpi_results[check, world_size]
     assert failure is None, failure
 
 

@@ -62,23 +62,10 @@ def test_wakes_every_thread_that_waits() -> None:
 def test_keeps_buffers_until_the_end_and_no_longer() -> None:
     buffer = np.zeros(8)
     watch = weakref.ref(buffer)
-    work = Work("barrier #1")
-    assert work.hold(buffer) is work
+    work = Work("barrier #1", (buffer,))
     del buffer
     gc.collect()
     assert watch() is not None
     work.finish()
-    gc.collect()
-    assert watch() is None
-
-
-def test_keeps_nothing_that_comes_after_the_end() -> None:
-    """An operation may end before its issuer has named the buffers."""
-    work = Work("barrier #1")
-    work.finish()
-    buffer = np.zeros(8)
-    watch = weakref.ref(buffer)
-    work.hold(buffer)
-    del buffer
     gc.collect()
     assert watch() is None
