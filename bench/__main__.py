@@ -19,6 +19,7 @@ _CASES = {
     "all_to_all": "bench.collectives.all_to_all",
     "kernels": "bench.kernels",
     "parity": "bench.parity",
+    "expert_parallel": "bench.expert_parallel",
 }
 
 

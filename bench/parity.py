@@ -91,7 +91,7 @@ def train_alone(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, 
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return _Run(losses, norms, model.state_dict())
 
 
@@ -104,7 +104,7 @@ def train_together(model: sc.FSSDPModule, optimizer: torch.optim.Optimizer, step
         loss.backward()
         norms.append(float(model.clip_grad_norm_(1.0)))
         optimizer.step()
-        losses.append(group.mean(float(loss)))
+        losses.append(group.mean(loss.item()))
     return _Run(losses, norms, model.state_dict())
 
 

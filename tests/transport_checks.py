@@ -137,7 +137,7 @@ def check_views_into_larger_memory(transport: Transport) -> None:
 
 
 def check_large_ring(transport: Transport) -> None:
-    op, num_bytes = operation("ring"), 8_000_001
+    op, num_bytes = operation("ring"), 2_000_001
     right, left = (transport.rank + 1) % transport.world_size, (transport.rank - 1) % transport.world_size
     if right == transport.rank:
         return

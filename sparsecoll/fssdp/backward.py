@@ -48,9 +48,17 @@ class Backward:
         self._order = order
         self._reductions: list[_Reduction] = []
         self._queued = False
-        for param in self._dense:
-            # Also where no expert layer takes part in a backward, its end must be noticed.
-            param.register_post_accumulate_grad_hook(lambda _: self._queue())
+        self._watched: set[int] = set()
+
+    def watch(self) -> None:
+        """Makes sure that the end of a backward is noticed also where no expert layer takes part in it.
+
+        Called at each forward, for a user may unfreeze parameters at any time.
+        """
+        for number, param in enumerate(self._dense):
+            if param.requires_grad and number not in self._watched:
+                self._watched.add(number)
+                param.register_post_accumulate_grad_hook(lambda _: self._queue())
 
     def after_layer(self, layer: ShardedLayer) -> None:
         """A layer's forward has ended: the next one's replicas can travel under the dense work before it."""

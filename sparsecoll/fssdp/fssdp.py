@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsecoll.balance import Balancer, find_balancer
 from sparsecoll.collectives import sparse_all_gather
+from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.errors import CollectiveMismatch, InvalidArgument
 from sparsecoll.fssdp.backward import Backward
 from sparsecoll.fssdp.dense import broadcast
@@ -58,15 +59,12 @@ def FSSDP(module: nn.Module, *, group: Any = None, balancer: str | Balancer = "b
         InvalidArgument: no MoE layer, wrapped already, parameters on the meta device or on a GPU.
         CollectiveMismatch: models differ between ranks.
     """
-    chosen = find_balancer(balancer)
     resolved = resolve_group(group)
-    layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
-    _check(module, layers, resolved)
+    chosen, layers = _agree_on_structure(module, balancer, resolved)
     memory, order = ReplicaMemory(), PrefetchOrder()
     resolved.reserve_record(64 + 8 * max(each.experts.num_experts for each in layers.values()))
-    for tensor in (*module.parameters(), *module.buffers()):
-        with torch.no_grad():
-            broadcast([tensor], resolved)
+    with torch.no_grad():
+        broadcast([*module.parameters(), *module.buffers()], resolved)
     sharded = {}
     for name, each in layers.items():
         base = Placement.even(each.experts.num_experts, resolved.world_size)
@@ -77,7 +75,12 @@ def FSSDP(module: nn.Module, *, group: Any = None, balancer: str | Balancer = "b
     backward = Backward(resolved, dense, order)
     for layer in sharded.values():
         layer.layer.dispatcher = ShardedDispatcher(layer, backward)
-    module.register_forward_pre_hook(lambda *_: order.begin())
+
+    def before_forward(*_: Any) -> None:
+        backward.watch()
+        order.begin()
+
+    module.register_forward_pre_hook(before_forward)
     module.__class__ = type(f"FSSDP{type(module).__name__}", (FSSDPModule, type(module)), {})
     assert isinstance(module, FSSDPModule)
     module._fssdp = _State(resolved, sharded, dense, backward, memory)
@@ -188,15 +191,44 @@ class FSSDPModule(nn.Module):
         raise InvalidArgument("FSSDP: expected to be wrapped after copying; a wrapped module cannot be copied")
 
 
-def _check(module: nn.Module, layers: Mapping[str, MoELayer], group: Group) -> None:
-    where = group.place_of_error
+def _agree_on_structure(
+    module: nn.Module, balancer: str | Balancer, group: Group
+) -> tuple[Balancer, dict[str, MoELayer]]:
+    """Finds the layers and the balancer; a refusal on one rank, or any difference, raises on all."""
+    problem: Exception | None = None
+    try:
+        chosen = find_balancer(balancer)
+        _check(module)
+    except InvalidArgument as error:
+        problem = InvalidArgument(f"FSSDP: {error} {group.place_of_error}")
+    layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
+    structure = {
+        "parameters": [
+            [name, list(each.shape), str(each.dtype), each.requires_grad] for name, each in module.named_parameters()
+        ],
+        "buffers": [[name, list(each.shape), str(each.dtype)] for name, each in module.named_buffers()],
+        "layers": [
+            [name, each.experts.num_experts, each.router.top_k, each.experts.activation.name]
+            for name, each in layers.items()
+        ],
+        "balancer": repr(balancer),
+    }
+    operation = group.operation("FSSDP")
+    group.run(operation, lambda: agree(group, operation, digest_of(structure), lambda: structure, problem=problem))
+    return chosen, layers
+
+
+def _check(module: nn.Module) -> None:
     if isinstance(module, FSSDPModule):
-        raise InvalidArgument(f"FSSDP: expected a module that is not wrapped yet, got {type(module).__name__} {where}")
+        raise InvalidArgument(f"expected a module that is not wrapped yet, got {type(module).__name__}")
+    layers = [each for each in module.modules() if isinstance(each, MoELayer)]
     if not layers:
-        raise InvalidArgument(f"FSSDP: expected a module with a MoELayer in it, got {type(module).__name__} {where}")
+        raise InvalidArgument(f"expected a module with a MoELayer in it, got {type(module).__name__}")
+    if any(each.experts.gather_rows is not None for each in layers):
+        raise InvalidArgument("expected experts that are not sharded yet, got some that are")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type != "cpu":
-            raise InvalidArgument(f"FSSDP: expected parameters on the CPU, got {name} on {tensor.device} {where}")
+            raise InvalidArgument(f"expected parameters on the CPU, got {name} on {tensor.device}")
 
 
 def _shard_experts(layer: ShardedLayer) -> None:

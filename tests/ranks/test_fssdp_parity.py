@@ -34,3 +34,137 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_one_process(name: str, world_size: int) -> None:
     sc.run_local(lambda group: check_script(group, CASES[name]) and None, world_size)
+
+
+@pytest.mark.parametrize("node_of", [(0, 1, 2), (0, 0, 1, 1), (0, 1, 0, 1, 1)], ids=str)
+def test_nodes_change_routes_and_not_results(node_of: tuple[int, ...]) -> None:
+    case = Case(num_experts=7, top_k=3, balancer=Busiest(most=4, min_gain=0))
+    sc.run_local(lambda group: check_script(group, case) and None, len(node_of), topology=sc.Topology(node_of))
+
+
+def test_unchecked_group() -> None:
+    sc.run_local(lambda group: check_script(group, Case()) and None, 3, checked=False)
+
+
+def evaluate_between(run: Run) -> None:
+    """Steps of training with evaluations, with and without gradients, before, between and after."""
+    for step in range(3):
+        run.model.eval()
+        with torch.no_grad():
+            run.loss(100 + step)
+        run.loss(200 + step)
+        run.model.train()
+        run.optimizer.zero_grad()
+        run.loss(step).backward()
+        run.update()
+    run.model.eval()
+    with torch.inference_mode():
+        run.loss(300)
+
+
+def accumulate_with_averaging_each_time(run: Run) -> None:
+    for step in range(2):
+        run.optimizer.zero_grad()
+        for micro in range(3):
+            run.loss(3 * step + micro).backward()
+        run.update()
+
+
+def accumulate_into_zeros(run: Run) -> None:
+    for step in range(3):
+        run.optimizer.zero_grad(set_to_none=False)
+        run.loss(step).backward()
+        run.update()
+
+
+def never_zero(run: Run) -> None:
+    for step in range(3):
+        run.loss(step).backward()
+        run.update()
+
+
+def two_forwards_then_one_backward(run: Run) -> None:
+    for step in range(2):
+        run.optimizer.zero_grad()
+        (run.loss(2 * step) + 0.5 * run.loss(2 * step + 1)).backward()
+        run.update()
+
+
+def two_forwards_then_two_backwards(run: Run) -> None:
+    """The second forward's backward comes first."""
+    for step in range(2):
+        run.optimizer.zero_grad()
+        first, second = run.loss(2 * step), run.loss(2 * step + 1)
+        second.backward()
+        first.backward()
+        run.update()
+
+
+def backward_twice_through_one_graph(run: Run) -> None:
+    for step in range(2):
+        run.optimizer.zero_grad()
+        loss = run.loss(step)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        run.update()
+
+
+def forwards_that_are_thrown_away(run: Run) -> None:
+    for step in range(3):
+        run.optimizer.zero_grad()
+        run.loss(50 + step)
+        run.loss(step).backward()
+        run.update()
+
+
+SCRIPTS: list[Script] = [
+    accumulate,
+    accumulate_with_averaging_each_time,
+    accumulate_into_zeros,
+    never_zero,
+    evaluate_between,
+    two_forwards_then_one_backward,
+    two_forwards_then_two_backwards,
+    backward_twice_through_one_graph,
+    forwards_that_are_thrown_away,
+]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("twice", [False, True], ids=["", "layer used twice"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_loop_equals_one_process(script: Script, twice: bool, world_size: int) -> None:
+    case = Case(twice=twice, tokens=(6, 3), optimizer="adamw" if twice else "sgd", aux_loss_coef=0.1)
+    sc.run_local(lambda group: check_script(group, case, script) and None, world_size)
+
+
+@pytest.mark.parametrize("script", [train, accumulate], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("spare_ranks", [(), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_dense_parameter_that_some_ranks_use(spare_ranks: tuple[int, ...], script: Script) -> None:
+    sc.run_local(lambda group: check_script(group, Case(spare_ranks=spare_ranks), script) and None, 3)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("outlet",),
+        ("inlet",),
+        ("first.experts", "second.experts"),
+        ("first.experts.down",),
+        ("inlet", "first"),
+        ("inlet", "first", "norm", "second.router", "second.experts"),
+        ("inlet", "norm", "spare", "outlet", "first.router", "second.router"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("balancer", [NoReplicas(), Case().balancer], ids=str)
+def test_frozen_parameters(frozen: tuple[str, ...], balancer: NoReplicas | Busiest) -> None:
+    case = Case(frozen=frozen, balancer=balancer)
+    sc.run_local(lambda group: check_script(group, case) and None, 3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_narrow_dtypes(dtype: torch.dtype, tolerance: float, activation: str) -> None:
+    """A step's gradients differ from one process's by rounding: by ``tolerance`` of their norm."""
+    case = Case(dtype=dtype, activation=activation, dim=16, hidden_dim=8, biases=((1, 2.0), (3, 1.0)))

@@ -110,6 +110,21 @@ def test_direct_sends_each_replica_once_and_nothing_else(case: Case) -> None:
 
 
 @settings(deadline=None)
+@given(case=cases())
+def test_direct_goes_round_from_each_ranks_right_neighbour(case: Case) -> None:
+    """So ranks begin with different receivers, and an owner sums contributions from itself upwards."""
+    world_size = case.place.world_size
+    distances: dict[int, list[int]] = defaultdict(list)
+    for _, src, dst, _, _ in case.gather("direct").transfers.tolist():
+        distances[src].append((dst - src) % world_size)
+    assert all(each == sorted(each) for each in distances.values())
+    summed: dict[int, list[int]] = defaultdict(list)
+    for _, src, dst, chunk, _ in case.reduce("direct").transfers.tolist():
+        summed[chunk].append((src - dst) % world_size)
+    assert all(each == sorted(set(each)) for each in summed.values())
+
+
+@settings(deadline=None)
 @given(case=cases(), algorithm=st.sampled_from([*ALGORITHMS, "auto"]))
 def test_reduce_scatter_brings_each_contribution_to_the_owner_once(case: Case, algorithm: str) -> None:
     plan = case.reduce(algorithm)
@@ -206,6 +221,12 @@ def test_bound_by_hand(replicas: dict[int, list[int]], owners: list[int], expect
     topology = Topology((0,) * 4, Link(1000.0, 0.0))
     assert plan_all_gather(place, 1000, topology).bound_s == pytest.approx(expected_s)
     assert plan_reduce_scatter(place, 1000, topology).bound_s == pytest.approx(expected_s)
+
+
+def test_the_bound_lets_a_rank_use_both_kinds_of_links_at_once() -> None:
+    place = Placement.of_owners([0, 0], 3).replicate({0: [1], 1: [2]})
+    plan = plan_all_gather(place, 1000, Topology((0, 0, 1), Link(1000.0, 0.0), Link(1000.0, 0.0)))
+    assert plan.predicted_s == pytest.approx(1.0) and plan.bound_s == pytest.approx(1.0)
 
 
 @settings(deadline=None)
