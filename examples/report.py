@@ -76,7 +76,7 @@ def _draw_load(axes: Axes, run: History) -> None:
 def _draw_moved(axes: Axes, run: History) -> None:
     steps = range(1, len(run.sparse_bytes) + 1)
     sparse, dense = np.array(run.sparse_bytes) / 1e6, np.array(run.dense_bytes) / 1e6
-    axes.set_title(f"Bytes: sparse collectives send {sparse.sum() / max(1, dense.sum()):.0%} of dense")
+    axes.set_title(f"Bytes: sparse collectives send {sparse.sum() / max(1e-9, dense.sum()):.0%} of dense")
     axes.plot(steps, dense, color=QUIET, linewidth=2, label="dense: all experts to all ranks")
     axes.fill_between(steps, sparse, color=FSSDP_COLOR, step="mid", label="sparse: what FSSDP sent")
     axes.set(xlabel="step", ylabel="sent per rank (MB)", xlim=(1, steps[-1]))

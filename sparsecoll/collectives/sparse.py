@@ -31,7 +31,7 @@ from sparsecoll.placement import Placement
 from sparsecoll.plan import Plan, chunk_subset, plan_all_gather, plan_reduce_scatter
 from sparsecoll.transport.base import Operation
 
-__all__ = ["Call", "sparse_all_gather", "sparse_reduce_scatter"]
+__all__ = ["Call", "issue", "sparse_all_gather", "sparse_reduce_scatter"]
 
 
 def sparse_all_gather(
@@ -78,7 +78,7 @@ def sparse_all_gather(
         CollectiveTimeout, PeerFailure, TransportError: the group is unusable afterwards.
     """
     call = Call("sparse_all_gather", place, chunks, plan, algorithm, False)
-    return _issue(call, shard, out, group, async_op, timeout_s)
+    return issue(call, shard, out, group, async_op, timeout_s)
 
 
 def sparse_reduce_scatter(
@@ -108,7 +108,7 @@ def sparse_reduce_scatter(
     """
     problem = None if op in ("sum", "mean") else InvalidArgument(f"expected op sum or mean, got {op!r}")
     call = Call("sparse_reduce_scatter", place, chunks, plan, algorithm, op == "mean", problem)
-    return _issue(call, held, out, group, async_op, timeout_s)
+    return issue(call, held, out, group, async_op, timeout_s)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Call:
         name: public name of the collective.
         mean: divide sums by the number of holders.
         problem: an argument that is wrong before the others are looked at.
+        trusted: ranks have agreed on all arguments already, in an exchange of the caller's.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Call:
     algorithm: str
     mean: bool
     problem: Exception | None = None
+    trusted: bool = False
 
     def settled(self) -> Call:
         """The same with ``chunks`` listed once, for a user may pass an iterator."""
@@ -150,7 +152,7 @@ class Call:
             prepared = self._prepare(group, value, out)
         except (SparsecollError, TypeError, ValueError) as error:
             problem = _as_invalid(self.name, error, group)
-        if group.world_size > 1 and group.checked:
+        if group.world_size > 1 and group.checked and not self.trusted:
             digest = b"" if prepared is None else prepared.digest
             agree(group, operation, digest, lambda: prepared.description if prepared else {}, problem=problem)
         if problem is not None:
@@ -349,7 +351,8 @@ class _Prepared:
         }
 
 
-def _issue(call: Call, value: Any, out: Any, group: Any, async_op: bool, timeout_s: float | None) -> Any:
+def issue(call: Call, value: Any, out: Any, group: Any, async_op: bool, timeout_s: float | None = None) -> Any:
+    """Runs or starts ``call`` as the next operation of ``group``."""
     resolved = resolve_group(group)
     call = call.settled()
     if out is None and not async_op and wants_gradient(value):

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.profiler import record_function
 
-from sparsecoll.collectives import sparse_reduce_scatter
 from sparsecoll.collectives.agreement import agree, digest_of
+from sparsecoll.collectives.sparse import Call, issue
 from sparsecoll.fssdp.dense import mean_over_ranks
 from sparsecoll.fssdp.layer import Materialized, ShardedLayer
 from sparsecoll.fssdp.prefetch import PrefetchOrder
 from sparsecoll.group import Group
-from sparsecoll.transport.base import Counters
+from sparsecoll.transport.base import Counters, Operation
 from sparsecoll.work import Work
 
 __all__ = ["Backward"]
@@ -81,15 +81,17 @@ class Backward:
         work = None
         if materialized.hot:
             with record_function(f"FSSDP::sparse_reduce_scatter ({layer.fqn})"):
-                work = sparse_reduce_scatter(
-                    replicas,
+                # The exchange of counts in forward has made sure that all ranks have this very Placement.
+                call = Call(
+                    "sparse_reduce_scatter",
                     materialized.place,
-                    chunks=materialized.hot,
-                    group=self._group,
-                    plan=materialized.plan,
-                    out=owned,
-                    async_op=True,
+                    materialized.hot,
+                    materialized.plan,
+                    "auto",
+                    mean=False,
+                    trusted=True,
                 )
+                work = issue(call, replicas, owned, self._group, async_op=True)
         else:
             layer.load.reduced = Counters()
         self._reductions.append(_Reduction(layer, owned, work))
@@ -118,24 +120,24 @@ class Backward:
         """Means of the dense gradients that any rank has; a rank without one contributes zeros."""
         params = [param for param in self._dense if param.requires_grad]
         operation = self._group.operation("FSSDP gradients")
+        with record_function("FSSDP::average_dense_gradients"):
+            self._group.run(operation, lambda: self._run_average(params, operation))
+
+    def _run_average(self, params: list[nn.Parameter], operation: Operation) -> None:
         mine = bytes(param.grad is not None for param in params)
-        payloads = self._group.run(
+        payloads = agree(
+            self._group,
             operation,
-            lambda: agree(
-                self._group,
-                operation,
-                digest_of(len(params)),
-                lambda: {"dense_parameters": len(params)},
-                payload=np.packbits(np.frombuffer(mine, np.uint8)).tobytes(),
-            ),
+            digest_of(len(params)),
+            lambda: {"dense_parameters": len(params)},
+            payload=np.packbits(np.frombuffer(mine, np.uint8)).tobytes(),
         )
         present = np.bitwise_or.reduce([np.frombuffer(each, np.uint8) for each in payloads])
         chosen = [param for param, bit in zip(params, np.unpackbits(present), strict=False) if bit]
         for param in chosen:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-        with record_function("FSSDP::average_dense_gradients"):
-            mean_over_ranks([param.grad for param in chosen if param.grad is not None], self._group)
+        mean_over_ranks([param.grad for param in chosen if param.grad is not None], self._group, operation)
 
 
 def _accumulate(weight: nn.Parameter, grad: Tensor) -> None:

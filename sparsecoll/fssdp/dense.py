@@ -7,29 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsecoll.collectives import sparse_all_gather, sparse_reduce_scatter
+from sparsecoll.collectives import sparse_all_gather
+from sparsecoll.collectives.sparse import Call
 from sparsecoll.group import Group
 from sparsecoll.placement import Placement
+from sparsecoll.transport.base import Operation
 
 __all__ = ["broadcast", "mean_over_ranks"]
 
 
-def mean_over_ranks(tensors: Sequence[Tensor], group: Group) -> None:
+def mean_over_ranks(tensors: Sequence[Tensor], group: Group, operation: Operation) -> None:
     """Replaces each tensor by its mean over all ranks, in place; bitwise equal on all of them.
 
     A reduce-scatter and an all-gather of 1 / W each: 2 (W - 1) / W times the bytes, as a ring all-reduce sends. The
-    flat copy is padded by at most W - 1 elements.
+    flat copy is padded by at most W - 1 elements. Runs as a part of ``operation``, in which ranks have agreed on
+    which tensors these are.
     """
     place = Placement.even(group.world_size, group.world_size)
     place = place.replicate(dict.fromkeys(range(group.world_size), range(group.world_size)))
+    reduce = Call("sparse_reduce_scatter", place, None, None, "auto", mean=True, trusted=True)
+    gather = Call("sparse_all_gather", place, None, None, "auto", mean=False, trusted=True)
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         sizes = [tensor.numel() for tensor in same]
         padding = -sum(sizes) % group.world_size
         flat = torch.cat([*(tensor.reshape(-1) for tensor in same), same[0].new_zeros(padding)])
         chunks = flat.view(group.world_size, -1)
-        mine = sparse_reduce_scatter(chunks, place, op="mean", group=group)
-        sparse_all_gather(mine, place, group=group, out=chunks)
+        mine = reduce.run(group, operation, chunks, None)
+        gather.run(group, operation, mine, chunks)
         for tensor, mean in zip(same, flat.split([*sizes, padding]), strict=False):
             tensor.copy_(mean.view_as(tensor))
 

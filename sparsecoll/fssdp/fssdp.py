@@ -6,6 +6,7 @@ import logging
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -211,7 +212,8 @@ def _agree_on_structure(
             [name, each.experts.num_experts, each.router.top_k, each.experts.activation.name]
             for name, each in layers.items()
         ],
-        "balancer": repr(balancer),
+        # Balancers that are no dataclasses have addresses in their names.
+        "balancer": repr(balancer) if is_dataclass(balancer) or isinstance(balancer, str) else str(type(balancer)),
     }
     operation = group.operation("FSSDP")
     group.run(operation, lambda: agree(group, operation, digest_of(structure), lambda: structure, problem=problem))

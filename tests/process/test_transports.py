@@ -121,10 +121,4 @@ def make_second_transport_without_last_rank(transport: Transport) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rank_that_never_arrives_is_named(backend: str) -> None:
-    if backend == "gloo":
-        spawn(f"{__name__}:make_second_transport_without_last_rank", 2, backend)
-        return
-    # The duplicate that never came about keeps MPI from ending in peace: what counts is that nothing was raised.
-    with pytest.raises(RanksFailed) as caught:
-        spawn(f"{__name__}:make_second_transport_without_last_rank", 2, backend, timeout_s=20.0)
-    assert not any(outcome.traceback for outcome in caught.value.outcomes), str(caught.value)
+    spawn(f"{__name__}:make_second_transport_without_last_rank", 2, backend)

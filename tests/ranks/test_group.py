@@ -395,6 +395,16 @@ def test_agreed_errors_leave_the_group_usable() -> None:
     sc.run_local(main, 3)
 
 
+def test_ranks_that_have_lost_count_of_operations_are_told() -> None:
+    def main(group: sc.Group) -> None:
+        if group.rank == 1:
+            group.operation("skipped")
+        with pytest.raises(sc.CollectiveMismatch, match=r"equal number on all ranks, got 2 on rank 0 and 3 on rank 1"):
+            gather(group)
+
+    sc.run_local(main, 3)
+
+
 def test_unchecked_misuse_on_one_rank_ends_the_others_soon() -> None:
     def main(group: sc.Group) -> BaseException:
         bad = np.ones((5, 4)) if group.rank == 2 else np.ones((2, 4))
