@@ -34,6 +34,7 @@ __all__ = [
     "assert_notes_equal",
     "batch_of",
     "check_bytes",
+    "check_parity",
     "check_script",
     "check_state_dict",
     "notes_of_one_process",
@@ -276,3 +277,97 @@ def check_script(group: sc.Group, case: Case, script: Script = train) -> Sharded
     expected = notes_of_one_process(case, script, group.world_size)
     assert_notes_equal(run, expected, rtol=1e-9, atol=1e-11)
     return run
+
+
+def check_parity(group: sc.Group) -> None:
+    """Every kind of traffic in one model: replicas, a rank without tokens, an expert without any, aux loss."""
+    case = Case(tokens=(9, 0, 4), biases=((1, 1.0), (3, -50.0)), aux_loss_coef=0.2, shared_hidden_dim=3)
+    check_script(group, case)
+    check_script(group, replace(case, optimizer="adamw", balancer=NoReplicas()), accumulate)
+
+
+def check_bytes(group: sc.Group) -> None:
+    """Every byte of a step is in a report, and the reports say what plans and routing ask for."""
+    for case in (Case(), Case(balancer=NoReplicas(), top_k=1), Case(balancer=Busiest(most=1, min_gain=0))):
+        run = Sharded(case, group)
+        routed: dict[str, Tensor] = {}
+        for name in ("first", "second"):
+            getattr(run.model, name).router.register_forward_hook(
+                lambda _module, _args, routing, name=name: routed.update({name: routing.expert_ids})
+            )
+        for step in range(3):
+            run.optimizer.zero_grad()
+            before = group.stats()
+            run.loss(step).backward()
+            moved = group.stats().since(before)
+            reports = run.model.load_report()
+            sent_bytes = _dense_sent_bytes(run)
+            for name, report in reports.items():
+                _check_report(run, name, routed[name])
+                sent_bytes += report.sparse_bytes + report.dispatch_bytes
+            assert moved.sent_bytes == sent_bytes
+            assert any(report.hot for report in reports.values()) == (
+                step > 0 and group.world_size > 1 and not isinstance(case.balancer, NoReplicas)
+            )
+
+
+def _dense_sent_bytes(run: Sharded) -> int:
+    """What averaging the dense gradients costs a rank: a W-th of them to each other rank, twice."""
+    world_size = run.group.world_size
+    dense = [p.grad for n, p in run.model.named_parameters() if ".experts." not in n and p.grad is not None]
+    share = -(-sum(grad.numel() for grad in dense) // world_size)
+    return 2 * (world_size - 1) * share * run.case.dtype.itemsize
+
+
+def _check_report(run: Sharded, name: str, expert_ids: Tensor) -> None:
+    group, case, report = run.group, run.case, run.model.load_report()[name]
+    rank, world_size = group.rank, group.world_size
+    mine = torch.bincount(expert_ids.flatten(), minlength=case.num_experts)
+    everyone = [torch.frombuffer(bytearray(each), dtype=torch.int64) for each in group.exchange(mine.numpy().tobytes())]
+    loads = torch.stack(everyone)  # [W, E]
+    assert report.tokens == loads.sum(0).tolist()
+    assert report.dead_experts == [expert for expert in range(case.num_experts) if loads[:, expert].sum() == 0]
+
+    owners = torch.tensor(sc.Placement.even(case.num_experts, world_size).owners, dtype=torch.int64)
+    stays = torch.zeros(case.num_experts, dtype=torch.bool)
+    stays[list(report.hot)] = True
+    computed_at = torch.where(stays, torch.arange(world_size)[:, None], owners)  # [W, E], where a rank's tokens go
+    by_rank = torch.zeros(world_size, dtype=torch.int64).scatter_add_(0, computed_at.flatten(), loads.flatten())
+    at_owner = torch.zeros(world_size, dtype=torch.int64).scatter_add_(0, owners, loads.sum(0))
+    assert report.imbalance_after == by_rank.max() / by_rank.double().mean()
+    assert report.imbalance_before == at_owner.max() / at_owner.double().mean()
+    away = computed_at != torch.arange(world_size)[:, None]
+    leaving = int(loads[rank][away[rank]].sum())
+    arriving = int(by_rank[rank] - loads[rank][~away[rank]].sum())
+    row_bytes = case.dim * case.dtype.itemsize
+    assert report.dispatch_bytes == 2 * (leaving + arriving) * row_bytes, "forward and backward, both ways"
+
+    if not report.hot:
+        assert report.sparse_bytes == 0
+        return
+    plan = run.model.last_plan(name)
+    assert plan is run.model.last_plan(getattr(run.model, name))
+    assert tuple(plan.place.replicated()) == report.hot
+    back = sc.plan_reduce_scatter(plan.place, plan.chunk_bytes, group.topology, chunks=report.hot)
+    for counters, each in ((report.gathered, plan), (report.reduced, back)):
+        assert (counters.sent_bytes, counters.received_bytes) == (each.sent_bytes[rank], each.received_bytes[rank])
+        copies_bytes = len(report.hot) * (world_size - 1) * plan.chunk_bytes[0]
+        assert each.sent_bytes.sum() == copies_bytes < report.dense_bytes * world_size, "nothing but the hot experts"
+
+
+def check_state_dict(group: sc.Group) -> None:
+    """The state dict is one process's key by key, complete on every rank, and loads in both directions."""
+    run, single = Sharded(Case(), group), OneProcess(Case(), group.world_size)
+    train(run)
+    train(single)
+    saved, expected = run.model.state_dict(), single.model.state_dict()
+    assert list(saved) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(saved[key], value, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+
+    plain, wrapped = Toy(run.case, seed=91), Sharded(run.case, group)
+    assert str(plain.load_state_dict(saved)) == str(wrapped.model.load_state_dict(plain.state_dict()))
+    for key, value in wrapped.model.state_dict().items():
+        assert torch.equal(value, saved[key]), key
+    loss = wrapped.loss(5).detach()
+    torch.testing.assert_close(loss, plain(batch_of(run.case, 5, group.rank)).detach(), rtol=1e-9, atol=1e-11)

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.collectives.sparse import Call, issue
 from sparsecoll.fssdp.dense import mean_over_ranks
-from sparsecoll.fssdp.layer import Materialized, ShardedLayer
+from sparsecoll.fssdp.layer import Materialized, ShardedLayer, is_recomputing
 from sparsecoll.fssdp.prefetch import PrefetchOrder
 from sparsecoll.group import Group
 from sparsecoll.transport.base import Counters, Operation
@@ -62,7 +62,8 @@ class Backward:
 
     def after_layer(self, layer: ShardedLayer) -> None:
         """A layer's forward has ended: the next one's replicas can travel under the dense work before it."""
-        self._order.used(layer)
+        if not is_recomputing():
+            self._order.used(layer)
 
     def reduce(
         self,

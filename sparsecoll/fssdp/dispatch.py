@@ -37,7 +37,11 @@ class ShardedDispatcher:
         top_k = routing.expert_ids.shape[1]
         order, counts = sort_by_expert(routing.expert_ids, experts.num_experts)
         materialized = layer.take_materialized()
-        loads = layer.exchange_counts(counts, materialized)
+        requires_grad = tokens.requires_grad and torch.is_grad_enabled()
+        loads, any_requires_grad = layer.exchange_counts(counts, materialized, requires_grad)
+        if any_requires_grad and not requires_grad:
+            # A rank without tokens of its own has no graph behind them, yet must take part in all of backward.
+            tokens = tokens.detach().requires_grad_()
         place = materialized.place
         routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
         mine = routes.of_rank(rank)

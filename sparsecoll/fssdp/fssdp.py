@@ -133,8 +133,11 @@ class FSSDPModule(nn.Module):
             The norm before clipping, equal on all ranks.
 
         Raises:
+            InvalidArgument: ``norm_type`` is not positive.
             RuntimeError: the norm is not finite and ``error_if_nonfinite``; on all ranks.
         """
+        if not norm_type > 0:
+            raise InvalidArgument(f"clip_grad_norm_: expected norm_type > 0, got {norm_type}")
         state = self._fssdp
         experts = [w.grad for layer in state.layers.values() for w in layer.experts if w.grad is not None]
         dense = [param.grad for param in state.dense if param.grad is not None]
@@ -145,9 +148,10 @@ class FSSDPModule(nn.Module):
         total = max(shares) if math.isinf(norm_type) else math.fsum(shares) ** (1 / norm_type)
         if error_if_nonfinite and not math.isfinite(total):
             raise RuntimeError(f"clip_grad_norm_: expected a finite norm of order {norm_type}, got {total}")
-        scale = min(1.0, max_norm / (total + 1e-6))
-        for grad in (*experts, *dense):
-            grad.mul_(scale)
+        scale = max_norm / (total + 1e-6)
+        if not scale >= 1:  # a NaN scales too, as in torch
+            for grad in (*experts, *dense):
+                grad.mul_(scale)
         dtype = torch.get_default_dtype() if not (experts or dense) else (experts or dense)[0].dtype
         return torch.tensor(total, dtype=dtype)
 
@@ -191,6 +195,9 @@ class FSSDPModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise InvalidArgument("FSSDP: expected to be wrapped after copying; a wrapped module cannot be copied")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidArgument("FSSDP: expected state_dict() to be saved; a wrapped module cannot be pickled")
+
 
 def _agree_on_structure(
     module: nn.Module, balancer: str | Balancer, group: Group
@@ -226,6 +233,8 @@ def _check(module: nn.Module) -> None:
     layers = [each for each in module.modules() if isinstance(each, MoELayer)]
     if not layers:
         raise InvalidArgument(f"expected a module with a MoELayer in it, got {type(module).__name__}")
+    if len({id(each.experts) for each in layers}) < len(layers):
+        raise InvalidArgument("expected every MoELayer to have experts of its own, got layers that share them")
     if any(each.experts.gather_rows is not None for each in layers):
         raise InvalidArgument("expected experts that are not sharded yet, got some that are")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +26,11 @@ from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
 from sparsecoll.transport.base import Counters
 from sparsecoll.work import Work
 
-__all__ = ["Materialized", "ShardedLayer"]
+__all__ = ["Materialized", "ShardedLayer", "is_recomputing"]
 
 
-class Materialized(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Materialized:
     """The experts that a rank can compute in one forward, and in the backward that belongs to it.
 
     Attributes:
@@ -74,6 +77,7 @@ class ShardedLayer:
         self._memory = memory
         self._history: deque[NDArray[np.int64]] = deque(maxlen=balancer.window)
         self._prefetch: _Prefetch | None = None
+        self._last: weakref.ref[Materialized] | None = None
 
     @property
     def experts(self) -> tuple[torch.nn.Parameter, ...]:
@@ -95,9 +99,22 @@ class ShardedLayer:
         self._prefetch = _Prefetch(place, hot, work)
 
     def take_materialized(self) -> Materialized:
-        """Waits for the replicas of this forward, issuing their gather now if nobody has."""
+        """Waits for the replicas of this forward, issuing their gather now if nobody has.
+
+        [Note: recomputation] Under activation checkpointing the forward runs again inside backward. It must route as
+        it did, so it takes the same experts, which the first forward's graph keeps alive, and leaves no trace in the
+        history.
+        """
+        last = self._last() if self._last is not None and is_recomputing() else None
+        if last is None:
+            last = self._materialize()
+            self._last = weakref.ref(last)
+        return last
+
+    def _materialize(self) -> Materialized:
         self.prefetch()
         if self._prefetch is None:
+            self.load.gathered = Counters()
             return Materialized(self.base, (), (), None)
         place, hot, work = self._prefetch
         self._prefetch = None
@@ -126,10 +143,14 @@ class ShardedLayer:
         """Hot experts of which this rank has a row, ascending."""
         return [expert for expert in materialized.hot if materialized.place.holders[expert, self.group.rank]]
 
-    def exchange_counts(self, counts: Tensor, materialized: Materialized) -> NDArray[np.int64]:
+    def exchange_counts(
+        self, counts: Tensor, materialized: Materialized, requires_grad: bool
+    ) -> tuple[NDArray[np.int64], bool]:
         """All ranks learn all loads, ``[W, E]``, from this rank's ``counts`` ``[E]``.
 
-        The one exchange that a layer needs in forward. It carries the digest of everything on which ranks must agree.
+        The one exchange that a layer needs in forward. It carries the digest of everything on which ranks must agree,
+        and whether the tokens of any rank require a gradient: the second result, by which all ranks record the same
+        graph and so communicate alike in backward.
         """
         operation = self.group.operation(f"FSSDP counts ({self.fqn})")
         training, recording = self.layer.training, torch.is_grad_enabled()
@@ -139,15 +160,16 @@ class ShardedLayer:
             holders = [np.flatnonzero(row).tolist() for row in materialized.place.holders]
             return {"layer": self.fqn, "holders": holders, "training": training, "grad_enabled": recording}
 
-        payload = counts.numpy().astype("<i8").tobytes()
+        payload = np.array([*counts.tolist(), requires_grad], "<i8").tobytes()
         with record_function(f"FSSDP::exchange_counts ({self.fqn})"):
             payloads = self.group.run(
                 operation, lambda: agree(self.group, operation, digest, describe, payload=payload)
             )
-        loads = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
-        if training:
+        exchanged = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
+        loads = exchanged[:, :-1]
+        if training and not is_recomputing():
             self._history.append(loads)
-        return loads
+        return loads, bool(exchanged[:, -1].any())
 
     def count_dispatch(self, moved: Counters) -> None:
         """Adds the traffic of an all-to-all to the report."""
@@ -165,6 +187,11 @@ class ShardedLayer:
         return sum(
             _row_elements(weight) * max(weight.element_size(), torch.float32.itemsize) for weight in self.experts
         )
+
+
+def is_recomputing() -> bool:
+    """Whether a forward runs inside a backward, as activation checkpointing makes it."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _row_elements(weight: Tensor) -> int:

@@ -129,6 +129,9 @@ class Transport(ABC):
     def wait(self, requests: Sequence[Any], operation: Operation) -> None:
         """Blocks until all ``requests`` have ended.
 
+        After an error the group is unusable: whoever gets one calls `abort`, so that those who wait for this rank
+        need not wait for their own deadline.
+
         Raises:
             CollectiveTimeout: the deadline passed; names operation, peer, direction and bytes of one that is missing.
             PeerFailure: a peer is gone.

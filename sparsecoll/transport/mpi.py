@@ -1,8 +1,9 @@
 """Messages over an MPI communicator, through mpi4py.
 
 [Note: waiting] MPI moves bytes only while somebody calls it. A wait therefore polls: at first with nothing but a
-yield of the processor between polls, which keeps small messages fast also when ranks share a core, then with short
-sleeps, so that a rank which waits for long leaves the core to compute.
+yield of the processor between polls, which keeps small messages fast also when ranks share a core, then with
+sleeps of a tenth of the time waited so far. Capped at 0.2 ms they leave 93 % of the core to others, and take no more
+than that from a long message, which moves between two polls what MPI has room for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 _NOTICE_TAG = NOTICE_TAG - NUM_PAYLOAD_TAGS
 _SPIN_S = 5e-4
-_LONGEST_SLEEP_S = 1e-4
+_LONGEST_SLEEP_S = 2e-4
 
 
 class MpiTransport(TaggedTransport):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import sparsecoll as sc
 from sparsecoll.balance import Busiest, NoReplicas
-from tests.fssdp_checks import Case, Run, Script, accumulate, check_script, train
+from tests.fssdp_checks import (
+    Case,
+    Run,
+    Script,
+    Sharded,
+    accumulate,
+    check_script,
+    notes_of_one_process,
+    owned_rows,
+    train,
+)
 
 WORLD_SIZES = [1, 2, 3, 4, 7]
 
@@ -168,3 +176,24 @@ def test_frozen_parameters(frozen: tuple[str, ...], balancer: NoReplicas | Busie
 def test_narrow_dtypes(dtype: torch.dtype, tolerance: float, activation: str) -> None:
     """A step's gradients differ from one process's by rounding: by ``tolerance`` of their norm."""
     case = Case(dtype=dtype, activation=activation, dim=16, hidden_dim=8, biases=((1, 2.0), (3, 1.0)))
+
+    def main(group: sc.Group) -> None:
+        run = Sharded(case, group)
+        train_once(run)
+        expected = notes_of_one_process(case, train_once, group.world_size)
+        for (label, got), (_, wanted) in zip(run.notes, expected, strict=True):
+            if label == "loss":
+                assert got.isfinite() and abs(got - wanted[group.rank]) <= tolerance * abs(wanted[group.rank])
+            if label in ("gradients", "parameters"):
+                for name, value in wanted.items():
+                    if value is not None:
+                        rows = value[owned_rows(case, group)] if ".experts." in name else value
+                        error = (got[name].double() - rows.double()).norm()
+                        assert got[name].dtype == dtype and error <= tolerance * (value.double().norm() + 1e-3), name
+
+    sc.run_local(main, 3)
+
+
+def train_once(run: Run) -> None:
+    run.loss(0).backward()
+    run.update()

@@ -1,0 +1,215 @@
+"""What a wrapped model keeps and moves: shards, replicas, optimizer state, bytes on the wire, histories."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import sparsecoll as sc
+from sparsecoll.balance import NoReplicas
+from tests.fssdp_checks import ALL_REPLICAS, Case, Sharded, Toy, batch_of, check_bytes, owned_rows, train
+
+Case7 = Case(num_experts=7, dtype=torch.float32)
+
+
+class Recorder:
+    """Replicates as `ALL_REPLICAS` does and remembers the histories that it was shown."""
+
+    window = 3
+
+    def __init__(self) -> None:
+        self.shown: list[list[NDArray[np.int64]]] = []
+
+    def place(self, history: Sequence[NDArray[np.int64]], base: sc.Placement) -> sc.Placement:
+        self.shown.append([loads.copy() for loads in history])
+        return ALL_REPLICAS.place(history, base)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_every_byte_of_a_step_is_reported(world_size: int) -> None:
+    sc.run_local(check_bytes, world_size)
+
+
+def test_ranks_on_two_nodes_report_their_bytes_too() -> None:
+    sc.run_local(check_bytes, 4, topology=sc.Topology((0, 0, 1, 1)))
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 7])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_rank_keeps_only_its_experts(world_size: int, optimizer: str) -> None:
+    case = Case(num_experts=5, optimizer=optimizer)
+
+    def main(group: sc.Group) -> None:
+        shapes = {name: param.shape for name, param in Toy(case).named_parameters()}
+        run = Sharded(case, group)
+        train(run)
+        num_owned = len(owned_rows(case, group))
+        for name, param in run.model.named_parameters():
+            expected = (num_owned, *shapes[name][1:]) if ".experts." in name else shapes[name]
+            assert tuple(param.shape) == tuple(expected), name
+            assert param.untyped_storage().nbytes() == param.nbytes, "the rest is given back"
+            states = [v for v in run.optimizer.state[param].values() if v.ndim] if param.grad is not None else []
+            assert len(states) == (0 if "spare" in name else 1 if optimizer == "sgd" else 2), name
+            assert all(state.shape == param.shape for state in states), name
+
+    sc.run_local(main, world_size)
+
+
+def test_memory_report_counts_what_is_there() -> None:
+    def main(group: sc.Group) -> None:
+        run = Sharded(Case7, group)
+        params_bytes = sum(param.nbytes for param in run.model.parameters())
+        first = run.model.memory_report(run.optimizer)
+        assert (first.param_bytes, first.replica_bytes, first.grad_bytes) == (params_bytes, 0, 0)
+        assert first.peak_param_bytes == params_bytes and first.optimizer_bytes == 0
+        train(run)
+        layers = run.model.load_report().values()
+        hot = [len(layer.hot) for layer in layers]
+        assert hot == [3, 3]
+        row_bytes = sum(w.nbytes for w in Toy(Case7).first.experts.weights) // 7
+        loss = run.loss(5)
+        assert run.model.memory_report().replica_bytes == 6 * row_bytes, "of both layers, until backward"
+        loss.backward()
+        del loss
+        gc.collect()
+        last = run.model.memory_report(run.optimizer)
+        assert last.replica_bytes == 0
+        assert last.peak_param_bytes == params_bytes + 6 * row_bytes
+        assert last.grad_bytes == sum(p.grad.nbytes for p in run.model.parameters() if p.grad is not None)
+        assert last.optimizer_bytes == last.grad_bytes, "one momentum for each gradient"
+        assert last.staging_bytes == group.arena.reserved_bytes
+
+    sc.run_local(main, 3)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "eval", "thrown away", "frozen"])
+def test_replicas_are_freed_without_backward(mode: str) -> None:
+    frozen = ("",) if mode == "frozen" else ()
+
+    def main(group: sc.Group) -> None:
+        run = Sharded(Case(), group)
+        train(run)
+        run.model.requires_grad_(not frozen)
+        if mode == "eval":
+            run.model.eval()
+        with torch.set_grad_enabled(mode != "no_grad"):
+            run.loss(9)
+        assert run.model.load_report()["first"].hot
+        gc.collect()
+        assert run.model.memory_report().replica_bytes == 0
+
+    sc.run_local(main, 2)
+
+
+def test_balancer_sees_the_loads_of_training_only() -> None:
+    """Oldest first, at most ``window``, equal on all ranks; evaluation leaves no trace."""
+
+    def main(group: sc.Group) -> list[list[NDArray[np.int64]]]:
+        recorder = Recorder()
+        run = Sharded(Case(balancer=recorder, tokens=(7, 0, 5)), group)
+        loads = []
+        for step in range(5):
+            run.loss(step).backward()
+            loads.append(run.model.load_report()["first"].tokens)
+            run.model.eval()
+            with torch.no_grad():
+                run.loss(20 + step)
+            run.model.train()
+        recorder.shown.clear()
+        run.loss(9)
+        first, second = recorder.shown
+        assert len(first) == len(second) == 3
+        assert [each.sum(axis=0).tolist() for each in first] == loads[2:]
+        for history in (first, second):
+            assert all(each.shape == (3, 5) and each.sum(axis=1).tolist() == [14, 0, 10] for each in history)
+        return first
+
+    histories = sc.run_local(main, 3)
+    for other in histories[1:]:
+        np.testing.assert_array_equal(other, histories[0])
+
+
+def test_replicas_come_before_their_layer_asks() -> None:
+    """From the second iteration on, the second layer's gather is issued when the first layer has ended."""
+
+    def main(group: sc.Group) -> None:
+        recorder = Recorder()
+        run = Sharded(Case(balancer=recorder), group)
+        asked: list[int] = []
+        run.model.second.register_forward_pre_hook(lambda *_: asked.append(len(recorder.shown)))
+        for step in range(3):
+            recorder.shown.clear()
+            run.loss(step).backward()
+        assert asked == [1, 2, 2]
+
+    sc.run_local(main, 2)
+
+
+def test_values_of_rank_0_win() -> None:
+    """Parameters, experts and buffers, whatever the other ranks were seeded with."""
+
+    def main(group: sc.Group) -> None:
+        expected = Toy(Case(), seed=0).state_dict()
+        model = sc.FSSDP(Toy(Case(), seed=group.rank), group=group)
+        assert float(model.scale) == 1.5
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+
+    sc.run_local(main, 3)
+
+
+def test_load_report_of_an_empty_batch() -> None:
+    case = Case(tokens=(0,))
+
+    def main(group: sc.Group) -> None:
+        run = Sharded(case, group)
+        train(run)
+        for report in run.model.load_report().values():
+            assert report.tokens == [0] * 5 and report.dead_experts == [0, 1, 2, 3, 4]
+            assert report.imbalance_before == report.imbalance_after == 1.0
+            assert report.percentiles == dict.fromkeys(("p50", "p75", "p90", "p95", "max"), 0.0)
+            assert report.dispatch_bytes == report.sparse_bytes == 0
+
+    sc.run_local(main, 2)
+
+
+def test_load_report_names_and_percentiles() -> None:
+    def main(group: sc.Group) -> None:
+        run = Sharded(Case(top_k=1, biases=((2, 50.0),), balancer=NoReplicas()), group)
+        run.loss(0)
+        assert list(run.model.load_report()) == ["first", "second"]
+        report = run.model.load_report()["first"]
+        num_tokens = sum(len(batch_of(run.case, 0, rank)) for rank in range(2))
+        assert report.tokens == [0, 0, num_tokens, 0, 0] and report.dead_experts == [0, 1, 3, 4]
+        assert report.percentiles == {"p50": 0.0, "p75": 0.0, "p90": 3.0, "p95": 4.0, "max": 5.0}
+        assert report.imbalance_before == report.imbalance_after == 2.0
+
+    sc.run_local(main, 2)
+
+
+def test_report_of_an_iteration_without_replicas_after_one_with() -> None:
+    class Once:
+        window = 1
+
+        def __init__(self) -> None:
+            self.done = False
+
+        def place(self, history: Sequence[NDArray[np.int64]], base: sc.Placement) -> sc.Placement:
+            return base if self.done else base.replicate({0: range(base.world_size)})
+
+    def main(group: sc.Group) -> None:
+        balancer = Once()
+        run = Sharded(Case(balancer=balancer), group)
+        run.loss(0).backward()
+        assert run.model.load_report()["first"].hot == (0,)
+        balancer.done = True
+        run.loss(1).backward()
+        report = run.model.load_report()["first"]
+        assert report.hot == () and report.sparse_bytes == 0
+
+    sc.run_local(main, 2)
