@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import sparsecoll as sc
@@ -23,10 +25,11 @@ from sparsecoll.balance import Balancer, Busiest, NoReplicas
 from sparsecoll.moe import MoELayer, auxiliary_loss
 
 __all__ = [
-    "ALL_REPLICAS",
+    "BUSY_REPLICAS",
     "Case",
     "OneProcess",
     "Run",
+    "Scattered",
     "Script",
     "Sharded",
     "Toy",
@@ -42,7 +45,19 @@ __all__ = [
     "train",
 ]
 
-ALL_REPLICAS = Busiest(most=3, min_gain=0)
+BUSY_REPLICAS = Busiest(most=3, min_gain=0)
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Replicas of most experts on some ranks each, elsewhere in every iteration, from the first one on."""
+
+    window: int = 2
+
+    def place(self, history: Sequence[NDArray[np.int64]], base: sc.Placement) -> sc.Placement:
+        turn = sum(int(loads[:, 0].sum()) for loads in history)
+        ranks = range(base.world_size)
+        return base.replicate({e: [r for r in ranks if (e + 2 * r + turn) % 3] for e in range(1, base.num_chunks)})
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Case:
     spare_ranks: tuple[int, ...] = ()
     frozen: tuple[str, ...] = ()
     twice: bool = False
-    balancer: Balancer = ALL_REPLICAS
+    balancer: Balancer = BUSY_REPLICAS
     optimizer: str = "sgd"
     dtype: torch.dtype = torch.float64
     dim: int = 6

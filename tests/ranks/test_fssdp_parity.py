@@ -8,8 +8,10 @@ import torch
 import sparsecoll as sc
 from sparsecoll.balance import Busiest, NoReplicas
 from tests.fssdp_checks import (
+    BUSY_REPLICAS,
     Case,
     Run,
+    Scattered,
     Script,
     Sharded,
     accumulate,
@@ -24,6 +26,8 @@ WORLD_SIZES = [1, 2, 3, 4, 7]
 CASES = {
     "uneven experts, or fewer than ranks": Case(),
     "no replicas": Case(balancer=NoReplicas()),
+    "replicas here and there": Case(balancer=Scattered(), num_experts=6, optimizer="adamw"),
+    "replicas here and there, expert that nobody chose": Case(balancer=Scattered(), biases=((1, -50.0), (2, -50.0))),
     "all experts everywhere": Case(balancer=Busiest(most=5, min_gain=0, window=1)),
     "adamw, aux loss": Case(optimizer="adamw", aux_loss_coef=0.3),
     "gelu, shared expert": Case(activation="gelu", shared_hidden_dim=3, top_k=1),
@@ -139,10 +143,11 @@ SCRIPTS: list[Script] = [
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("balancer", [BUSY_REPLICAS, Scattered()], ids=lambda balancer: type(balancer).__name__)
 @pytest.mark.parametrize("twice", [False, True], ids=["", "layer used twice"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_loop_equals_one_process(script: Script, twice: bool, world_size: int) -> None:
-    case = Case(twice=twice, tokens=(6, 3), optimizer="adamw" if twice else "sgd", aux_loss_coef=0.1)
+def test_loop_equals_one_process(script: Script, balancer: Busiest | Scattered, twice: bool, world_size: int) -> None:
+    case = Case(twice=twice, balancer=balancer, tokens=(6, 3), optimizer="adamw" if twice else "sgd", aux_loss_coef=0.1)
     sc.run_local(lambda group: check_script(group, case, script) and None, world_size)
 
 
@@ -165,8 +170,8 @@ def test_dense_parameter_that_some_ranks_use(spare_ranks: tuple[int, ...], scrip
     ],
     ids=str,
 )
-@pytest.mark.parametrize("balancer", [NoReplicas(), Case().balancer], ids=str)
-def test_frozen_parameters(frozen: tuple[str, ...], balancer: NoReplicas | Busiest) -> None:
+@pytest.mark.parametrize("balancer", [NoReplicas(), BUSY_REPLICAS, Scattered()], ids=str)
+def test_frozen_parameters(frozen: tuple[str, ...], balancer: NoReplicas | Busiest | Scattered) -> None:
     case = Case(frozen=frozen, balancer=balancer)
     sc.run_local(lambda group: check_script(group, case) and None, 3)
 
