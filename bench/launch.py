@@ -80,7 +80,7 @@ def _run(backend: str, options: Options, run_rank: Callable[[sc.Group], dict[str
         return sc.run_local(run_rank, ranks, timeout_s=options.timeout_s * (num_rows + 1))[0]
     with tempfile.TemporaryDirectory(prefix="sparsecoll-bench-") as folder:
         output = Path(folder, "record.json")
-        arguments = [options.case, *options.arguments, "--launched", "--backend", backend, "--ranks", str(ranks)]
+        arguments = [options.case, *options.arguments, LAUNCHED, "--backend", backend, "--ranks", str(ranks)]
         status = run_ranks(backend, ranks, [*arguments, "--json", str(output)])
         if not output.exists():
             raise _JobFailed(f"{ranks} ranks ended with status {status}")

@@ -24,6 +24,7 @@ from bench.values import poison
 __all__ = ["run_case"]
 
 _DEVICE_BYTES, _HOST_LENGTH = 256, 64
+_STDERR = 2
 
 
 def run_case(trial: type[Trial], arguments: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def _watch(group: sc.Group, timeout_s: float | None) -> None:
         return
     faulthandler.cancel_dump_traceback_later()
     if timeout_s is not None:
-        faulthandler.dump_traceback_later(timeout_s, exit=True)
+        # The descriptor, as what stands for sys.stderr under a test or in a notebook may have none.
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=_STDERR)
 
 
 def _settings(group: sc.Group, trial: type[Trial], options: Options) -> Iterator[tuple[str, Setting]]:

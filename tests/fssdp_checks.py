@@ -207,8 +207,13 @@ class Sharded(Run):
 
     model: Any
 
-    def __init__(self, case: Case, group: sc.Group) -> None:
-        super().__init__(case, sc.FSSDP(Toy(case, seed=group.rank), group=group, balancer=case.balancer))
+    def __init__(self, case: Case, group: sc.Group, *, optimizer_first: bool = False) -> None:
+        model = Toy(case, seed=group.rank)
+        if optimizer_first:
+            super().__init__(case, model)
+        assert sc.FSSDP(model, group=group, balancer=case.balancer) is model
+        if not optimizer_first:
+            super().__init__(case, model)
         self.group = group
 
     def loss(self, step: int) -> Tensor:
@@ -264,7 +269,9 @@ def notes_of_one_process(case: Case, script: Script, world_size: int) -> list[tu
         return _notes_of_one_process(replace(case, balancer=NoReplicas()), script, world_size)
 
 
-def assert_notes_equal(run: Sharded, expected: list[tuple[str, Any]], *, rtol: float, atol: float) -> None:
+def assert_notes_equal(
+    run: Sharded, expected: list[tuple[str, Any]], *, rtol: float = 1e-9, atol: float = 1e-11
+) -> None:
     """Compares what a rank has seen with what one process has seen, expert parameters by the rows that it owns."""
     owned = owned_rows(run.case, run.group)
     assert [label for label, _ in run.notes] == [label for label, _ in expected]
@@ -281,7 +288,12 @@ def assert_notes_equal(run: Sharded, expected: list[tuple[str, Any]], *, rtol: f
             assert (got[name] is None) == (value is None), text
             if value is not None:
                 torch.testing.assert_close(
-                    got[name], value, rtol=rtol, atol=atol, msg=lambda message, text=text: f"{text}: {message}"
+                    got[name],
+                    value,
+                    rtol=rtol,
+                    atol=atol,
+                    equal_nan=True,
+                    msg=lambda message, text=text: f"{text}: {message}",
                 )
 
 
@@ -290,7 +302,7 @@ def check_script(group: sc.Group, case: Case, script: Script = train) -> Sharded
     run = Sharded(case, group)
     script(run)
     expected = notes_of_one_process(case, script, group.world_size)
-    assert_notes_equal(run, expected, rtol=1e-9, atol=1e-11)
+    assert_notes_equal(run, expected)
     return run
 
 
@@ -305,11 +317,7 @@ def check_bytes(group: sc.Group) -> None:
     """Every byte of a step is in a report, and the reports say what plans and routing ask for."""
     for case in (Case(), Case(balancer=NoReplicas(), top_k=1), Case(balancer=Busiest(most=1, min_gain=0))):
         run = Sharded(case, group)
-        routed: dict[str, Tensor] = {}
-        for name in ("first", "second"):
-            getattr(run.model, name).router.register_forward_hook(
-                lambda _module, _args, routing, name=name: routed.update({name: routing.expert_ids})
-            )
+        routed = _watch_routing(run.model)
         for step in range(3):
             run.optimizer.zero_grad()
             before = group.stats()
@@ -324,6 +332,16 @@ def check_bytes(group: sc.Group) -> None:
             assert any(report.hot for report in reports.values()) == (
                 step > 0 and group.world_size > 1 and not isinstance(case.balancer, NoReplicas)
             )
+
+
+def _watch_routing(model: Toy) -> dict[str, Tensor]:
+    """The experts that the last forward of each MoE layer asked for, kept up to date."""
+    routed: dict[str, Tensor] = {}
+    for name, layer in (("first", model.first), ("second", model.second)):
+        layer.router.register_forward_hook(
+            lambda _module, _args, routing, name=name: routed.update({name: routing.expert_ids})
+        )
+    return routed
 
 
 def _dense_sent_bytes(run: Sharded) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sparsecoll.collectives.all_to_all import run_all_to_all
+from sparsecoll.collectives.call import Call
 from sparsecoll.collectives.rows import flatten, unflatten
-from sparsecoll.collectives.sparse import Call
 from sparsecoll.group import Group
 
 __all__ = ["differentiable", "differentiable_all_to_all"]

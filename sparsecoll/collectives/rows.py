@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsecoll.collectives.sides import Side
 from sparsecoll.errors import InvalidArgument
 from sparsecoll.executor import Segments
 
@@ -56,11 +57,11 @@ class Rows:
     """Segments by chunk, over the caller's memory.
 
     Attributes:
-        chunks: what the rows stand for, in order.
-        segments: of the chunks that take part.
+        rows: position in the value of each chunk that takes part.
+        segments: of those chunks, in the same order.
     """
 
-    chunks: Sequence[int]
+    rows: Sequence[int]
     segments: dict[int, Segments]
 
 
@@ -145,32 +146,26 @@ def row_shapes(value: list[Any]) -> list[list[list[int]]]:
     return [[list(map(int, t.shape)) for t in (row if isinstance(row, tuple) else (row,))] for row in value]
 
 
-def read_rows(name: str, value: Any, candidates: Sequence[Sequence[int]], *, writable: bool) -> Rows:
-    """Maps rows to chunks.
+def read_rows(name: str, value: Any, side: Side, *, writable: bool) -> Rows:
+    """Maps chunks to rows.
 
     Args:
-        candidates: which chunks the rows may stand for, in order; the first sequence of the right length counts
-            (all chunks of a rank, or only those of a subset).
+        side: the rows are all its chunks, or only its subset.
         writable: the rows are an output: they must be contiguous, where an input is copied if it is not.
     """
     count = num_rows(value)
-    chunks = next((each for each in candidates if len(each) == count), None)
-    if chunks is None:
-        expected = " or ".join(str(length) for length in dict.fromkeys(len(each) for each in candidates))
-        raise InvalidArgument(f"{name}: expected {expected} rows, got {count}")
-    wanted = set(candidates[-1])
+    if count not in (len(side.chunks), len(side.subset)):
+        lengths = dict.fromkeys((len(side.chunks), len(side.subset)))
+        raise InvalidArgument(f"{name}: expected {' or '.join(map(str, lengths))} rows, got {count}")
+    rows = side.rows if count == len(side.chunks) else range(count)
     if isinstance(value, list):
-        views = [tuple(view_of(name, t, writable) for t in (r if isinstance(r, tuple) else (r,))) for r in value]
-        return Rows(chunks, {chunk: row for chunk, row in zip(chunks, views, strict=True) if chunk in wanted})
-    tensors = value if isinstance(value, tuple) else (value,)
-    flat = [view_of(name, tensor, writable) for tensor in tensors]
+        chosen = [value[row] for row in rows]
+        views = [tuple(view_of(name, t, writable) for t in (r if isinstance(r, tuple) else (r,))) for r in chosen]
+        return Rows(rows, dict(zip(side.subset, views, strict=True)))
+    flat = [view_of(name, tensor, writable) for tensor in (value if isinstance(value, tuple) else (value,))]
     sizes = [view.nbytes // count if count else 0 for view in flat]
-    segments = {
-        chunk: tuple(view[row * size : (row + 1) * size] for view, size in zip(flat, sizes, strict=True))
-        for row, chunk in enumerate(chunks)
-        if chunk in wanted
-    }
-    return Rows(chunks, segments)
+    parts = [[view[row * size : (row + 1) * size] for row in rows] for view, size in zip(flat, sizes, strict=True)]
+    return Rows(rows, dict(zip(side.subset, zip(*parts, strict=True), strict=True)))
 
 
 def view_of(name: str, tensor: Any, writable: bool = False) -> Any:

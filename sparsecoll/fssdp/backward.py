@@ -17,7 +17,8 @@ from torch.autograd import Variable
 from torch.profiler import record_function
 
 from sparsecoll.collectives.agreement import agree, digest_of
-from sparsecoll.collectives.sparse import Call, issue
+from sparsecoll.collectives.call import Call
+from sparsecoll.collectives.sparse import issue
 from sparsecoll.fssdp.dense import mean_over_ranks
 from sparsecoll.fssdp.layer import Materialized, ShardedLayer, is_recomputing
 from sparsecoll.fssdp.prefetch import PrefetchOrder

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecoll.collectives import sparse_all_gather
-from sparsecoll.collectives.sparse import Call
+from sparsecoll.collectives.call import Call
 from sparsecoll.group import Group
 from sparsecoll.placement import Placement
 from sparsecoll.transport.base import Operation

@@ -42,7 +42,8 @@ __all__ = ["MpiTransport", "attached"]
 T = TypeVar("T")
 
 _NOTICE_TAG = NOTICE_TAG - NUM_PAYLOAD_TAGS
-_SPIN_S = 5e-4
+_SPIN_S = 5e-3
+_SPIN_BESIDE_COMPUTE_S = 1e-4
 _LONGEST_SLEEP_S = 2e-4
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sparsecoll.errors import CollectiveTimeout, PeerFailure
+from sparsecoll.errors import BackendUnavailable, CollectiveTimeout, PeerFailure
 from sparsecoll.transport.base import Message, Operation, Transport
 from tests.harness import RanksFailed, spawn, spawn_checks
 from tests.transport_checks import CHECKS, CLOSURE_CHECKS, SIZE_CHECKS, pattern, peers_of, poisoned
@@ -122,3 +125,56 @@ def make_second_transport_without_last_rank(transport: Transport) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rank_that_never_arrives_is_named(backend: str) -> None:
     spawn(f"{__name__}:make_second_transport_without_last_rank", 2, backend)
+
+
+UNDER_TORCHRUN = """
+import os
+import torch.distributed as dist
+from sparsecoll.errors import CollectiveTimeout
+from sparsecoll.transport.base import Operation
+from sparsecoll.transport.torch import TorchTransport, init_process_group, own_group
+
+init_process_group(30.0)
+init_process_group(30.0)  # initialized already: nothing to do
+transport = TorchTransport(own_group(30.0), owned=True)
+assert transport.exchange(b"%d" % transport.rank, Operation("hello", 0, 30.0)) == [b"0", b"1"]
+transport.close()
+dist.destroy_process_group()
+if os.environ["RANK"] == "0":
+    try:
+        init_process_group(0.5)
+    except CollectiveTimeout as exc:
+        assert "ranks [1] have not reported" in str(exc), exc
+    else:
+        raise AssertionError("rank 1 was not missed")
+"""
+
+
+def test_start_under_torchrun() -> None:
+    """All ranks start; then rank 0 tries once more without rank 1."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    with subprocess.Popen(
+        [*torchrun, sys.executable, "-c", UNDER_TORCHRUN],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=50.0)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun then ends its ranks
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize(("module", "extra"), [("mpi4py", "mpi"), ("torch.distributed", "torch")])
+def test_missing_back_end_names_the_extra(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsecoll.transport.mpi import MpiTransport
+    from sparsecoll.transport.torch import own_group
+
+    monkeypatch.setenv("MPIR_CVAR_CH4_CMA_ENABLE", "0")  # what the import sets by default is of no use here
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendUnavailable, match=re.escape(f'pip install "sparsecoll[{extra}]"')):
+        MpiTransport() if extra == "mpi" else own_group(1.0)

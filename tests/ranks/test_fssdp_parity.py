@@ -15,6 +15,7 @@ from tests.fssdp_checks import (
     Script,
     Sharded,
     accumulate,
+    assert_notes_equal,
     check_script,
     notes_of_one_process,
     owned_rows,
@@ -56,6 +57,18 @@ def test_nodes_change_routes_and_not_results(node_of: tuple[int, ...]) -> None:
 
 def test_unchecked_group() -> None:
     sc.run_local(lambda group: check_script(group, Case()) and None, 3, checked=False)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_optimizer_from_before_wrapping(optimizer: str) -> None:
+    case = Case(optimizer=optimizer)
+
+    def main(group: sc.Group) -> None:
+        run = Sharded(case, group, optimizer_first=True)
+        train(run)
+        assert_notes_equal(run, notes_of_one_process(case, train, group.world_size))
+
+    sc.run_local(main, 3)
 
 
 def evaluate_between(run: Run) -> None:
@@ -142,13 +155,12 @@ SCRIPTS: list[Script] = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("balancer", [BUSY_REPLICAS, Scattered()], ids=lambda balancer: type(balancer).__name__)
 @pytest.mark.parametrize("twice", [False, True], ids=["", "layer used twice"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_loop_equals_one_process(script: Script, balancer: Busiest | Scattered, twice: bool, world_size: int) -> None:
+def test_loop_equals_one_process(script: Script, balancer: Busiest | Scattered, twice: bool) -> None:
     case = Case(twice=twice, balancer=balancer, tokens=(6, 3), optimizer="adamw" if twice else "sgd", aux_loss_coef=0.1)
-    sc.run_local(lambda group: check_script(group, case, script) and None, world_size)
+    sc.run_local(lambda group: check_script(group, case, script) and None, 3)
 
 
 @pytest.mark.parametrize("script", [train, accumulate], ids=lambda script: script.__name__)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint
 
 import sparsecoll as sc
 from sparsecoll.balance import NoReplicas
@@ -130,6 +131,22 @@ def test_balancer_sees_the_loads_of_training_only() -> None:
     histories = sc.run_local(main, 3)
     for other in histories[1:]:
         np.testing.assert_array_equal(other, histories[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_adds_no_loads(use_reentrant: bool) -> None:
+    def main(group: sc.Group) -> None:
+        recorder = Recorder()
+        run = Sharded(Case(balancer=recorder), group)
+        forward = run.model.second.forward
+        run.model.second.forward = lambda h: checkpoint(forward, h, use_reentrant=use_reentrant)
+        for step in range(2):
+            run.loss(step).backward()
+        recorder.shown.clear()
+        run.loss(2)
+        assert [len(history) for history in recorder.shown] == [2, 2]
+
+    sc.run_local(main, 2)
 
 
 def test_replicas_come_before_their_layer_asks() -> None:

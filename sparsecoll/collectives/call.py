@@ -1,0 +1,297 @@
+"""One call of a sparse collective: check, agree, plan, move."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from sparsecoll.collectives.agreement import agree, agreed_error, digest_of
+from sparsecoll.collectives.rows import (
+    Layout,
+    Rows,
+    Shape,
+    allocate,
+    itemsize_of,
+    layout_of,
+    read_rows,
+    row_shapes,
+    segment_bytes,
+)
+from sparsecoll.collectives.sides import Side, sides
+from sparsecoll.errors import CollectiveMismatch, InvalidArgument, SparsecollError
+from sparsecoll.executor import run_all_gather, run_reduce_scatter
+from sparsecoll.group import Group
+from sparsecoll.native import REDUCIBLE, accumulation_itemsize
+from sparsecoll.placement import Placement
+from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
+from sparsecoll.topology import Topology
+from sparsecoll.transport.base import Operation
+
+__all__ = ["Call"]
+
+# Sizes of the segments of each chunk that takes part, ascending by chunk.
+SegmentBytes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that are equal on all ranks, and the steps of a sparse collective.
+
+    Attributes:
+        name: public name of the collective.
+        mean: divide sums by the number of holders.
+        problem: an argument that is wrong before the others are looked at.
+        trusted: ranks have agreed on all arguments already, in an exchange of the caller's.
+    """
+
+    name: str
+    place: Placement
+    chunks: tuple[int, ...] | None
+    plan: Plan | None
+    algorithm: str
+    mean: bool
+    problem: Exception | None = None
+    trusted: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        return self.name == "sparse_all_gather"
+
+    def run(self, group: Group, operation: Operation, value: Any, out: Any) -> Any:
+        """Checks, agrees, plans, moves."""
+        prepared: _Prepared | None = None
+        problem: Exception | None = None
+        try:
+            prepared = self._prepare(group, value, out)
+        except (SparsecollError, TypeError, ValueError) as error:
+            problem = _as_invalid(self.name, error, group)
+        if group.world_size > 1 and group.checked and not self.trusted:
+            digest = b"" if prepared is None else prepared.digest
+            agree(group, operation, digest, lambda: prepared.description if prepared else {}, problem=problem)
+        if problem is not None:
+            raise agreed_error(problem) if group.world_size == 1 else problem
+        assert prepared is not None
+        if prepared.layout.form == "list":
+            prepared = self._with_shapes(group, operation, prepared, value, out)
+        return self._move(group, operation, prepared, value, out)
+
+    def _prepare(self, group: Group, value: Any, out: Any) -> _Prepared:
+        """Everything that can be known without talking to other ranks."""
+        if self.problem is not None:
+            raise self.problem
+        if not isinstance(self.place, Placement):
+            raise InvalidArgument(f"expected a Placement, got {type(self.place).__name__}")
+        if self.place.world_size != group.world_size:
+            raise InvalidArgument(
+                f"expected a placement of {group.world_size} ranks (as the group), got {self.place.world_size}"
+            )
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise InvalidArgument(f"expected plan to be a Plan, got {type(self.plan).__name__}")
+        if not isinstance(self.algorithm, str):
+            raise InvalidArgument(f"expected algorithm to be a name, got {self.algorithm!r}")
+        subset, owned, held = sides(self.place, self.chunks, group.rank)
+        given, wanted = (owned, held) if self.gathers else (held, owned)
+        name = "shard" if self.gathers else "held"
+        layout = layout_of(name, value)
+        if not self.gathers:
+            _check_reducible(layout, self.mean)
+        source = read_rows(name, value, given, writable=False)
+        destination = None
+        if out is not None:
+            _check_same_layout(layout, layout_of("out", out))
+            destination = read_rows("out", out, wanted, writable=True)
+        prepared = _Prepared(self, layout, subset, wanted, source, destination)
+        if layout.shapes is None:
+            return prepared
+        return self._planned(group, prepared, (segment_bytes(layout.shapes, layout.itemsizes),) * len(subset))
+
+    def _planned(self, group: Group, prepared: _Prepared, sizes: SegmentBytes) -> _Prepared:
+        """Adds sizes and the Plan, the user's own or a new one."""
+        made = _make_plan(
+            self.name, self.place, prepared.subset, sizes, prepared.layout.dtypes, group.topology, self.algorithm
+        )
+        if self.plan is not None:
+            _check_plan(self.plan, made)
+        return replace(
+            prepared, sizes=dict(zip(prepared.subset, sizes, strict=True)), plan=self.plan if self.plan else made
+        )
+
+    def _with_shapes(
+        self, group: Group, operation: Operation, prepared: _Prepared, value: list[Any], out: list[Any] | None
+    ) -> _Prepared:
+        """Ranks tell each other the shapes of a list's rows, which a receiver cannot know."""
+        shapes = row_shapes(value)
+        text = json.dumps(
+            {
+                "dtypes": prepared.layout.dtypes,
+                "in_tuples": prepared.layout.in_tuples if value else None,
+                "framework": prepared.layout.framework,
+                "shapes": {
+                    chunk: shapes[row]
+                    for chunk, row in zip(prepared.source.segments, prepared.source.rows, strict=True)
+                },
+            }
+        ).encode()
+        length = struct.Struct("<I")
+        lengths = [length.unpack(each)[0] for each in group.transport.exchange(length.pack(len(text)), operation)]
+        texts = group.transport.exchange(text.ljust(max(lengths), b"\0"), operation)
+        merged: dict[int, list[Shape]] = {}
+        layout = prepared.layout
+        reported = [(rank, json.loads(each[: lengths[rank]])) for rank, each in enumerate(texts)]
+        speakers = [(rank, each) for rank, each in reported if each["in_tuples"] is not None]
+        if not speakers:
+            return self._planned(group, prepared, ((),) * len(prepared.subset))
+        first_rank, first = speakers[0]
+        # A rank with an empty list has no framework of its own to give results in.
+        framework = layout.framework if value else first["framework"]
+        layout = Layout("list", framework, tuple(first["dtypes"]), None, first["in_tuples"])
+        for rank, each in speakers:
+            for key in ("dtypes", "in_tuples"):
+                if each[key] != first[key]:
+                    raise agreed_error(
+                        CollectiveMismatch(
+                            f"{operation}: expected rows with equal {key} on all ranks, got {first[key]} on rank "
+                            f"{first_rank} and {each[key]} on rank {rank} {group.place_of_error}"
+                        )
+                    )
+            for chunk, found in each["shapes"].items():
+                row = [tuple(shape) for shape in found]
+                if merged.setdefault(int(chunk), row) != row:
+                    raise agreed_error(
+                        CollectiveMismatch(
+                            f"{operation}: expected one shape of chunk {chunk} on all ranks, got {merged[int(chunk)]} "
+                            f"and {row} on rank {rank} {group.place_of_error}"
+                        )
+                    )
+        prepared = replace(prepared, layout=layout, shapes=merged)
+        problem: Exception | None = None
+        try:
+            sizes = tuple(segment_bytes(merged[chunk], layout.itemsizes) for chunk in prepared.subset)
+            prepared = self._planned(group, prepared, sizes)
+            _check_out_sizes(prepared)
+        except SparsecollError as error:
+            problem = _as_invalid(self.name, error, group)
+        # ``out`` is each rank's own, so whether it fits is known only now and must be agreed on.
+        agree(group, operation, digest_of("shapes"), dict, problem=problem)
+        return prepared
+
+    def _move(self, group: Group, operation: Operation, prepared: _Prepared, value: Any, out: Any) -> Any:
+        assert prepared.plan is not None and prepared.sizes is not None
+        destination = prepared.destination
+        if destination is None:
+            shapes, wanted = prepared.shapes, prepared.wanted.subset
+            out = allocate(prepared.layout, len(wanted), lambda row: shapes[wanted[row]])
+            destination = read_rows("out", out, prepared.wanted, writable=True)
+        arguments = (prepared.plan, group.transport, prepared.source.segments, destination.segments, prepared.sizes)
+        if self.gathers:
+            run_all_gather(*arguments, operation, group.arena)
+        else:
+            run_reduce_scatter(*arguments, prepared.layout.dtypes, self.mean, operation, group.arena)
+        return out
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A sound call. ``sizes``, ``plan`` and ``shapes`` come later for lists, from all ranks together."""
+
+    call: Call
+    layout: Layout
+    subset: tuple[int, ...]
+    wanted: Side
+    source: Rows
+    destination: Rows | None
+    sizes: dict[int, tuple[int, ...]] | None = None
+    plan: Plan | None = None
+    shapes: dict[int, list[Shape]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> bytes:
+        plan = self.plan.digest if self.plan is not None else None
+        return digest_of(self.call.name, self.call.mean, self.layout.agreed, self.call.place.digest, self.subset, plan)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {
+            "form": self.layout.form,
+            "dtype": list(self.layout.dtypes) if self.layout.form != "list" else None,
+            "chunk_shape": self.layout.shapes,
+            "op": "mean" if self.call.mean else "sum",
+            "world_size": self.call.place.world_size,
+            "owners": self.call.place.owners.tolist(),
+            "holders": [np.flatnonzero(row).tolist() for row in self.call.place.holders],
+            "chunks": list(self.subset),
+            "algorithm": self.plan.algorithm if self.plan else self.call.algorithm,
+            "plan": self.plan.digest if self.plan else None,
+        }
+
+
+@lru_cache(maxsize=512)
+def _make_plan(
+    name: str,
+    place: Placement,
+    subset: tuple[int, ...],
+    sizes: SegmentBytes,
+    dtypes: tuple[str, ...],
+    topology: Topology,
+    algorithm: str,
+) -> Plan:
+    chunk_bytes = [0] * place.num_chunks
+    partial_bytes = [0] * place.num_chunks
+    for chunk, segments in zip(subset, sizes, strict=True):
+        chunk_bytes[chunk] = sum(segments)
+    if name == "sparse_all_gather":
+        return plan_all_gather(place, chunk_bytes, topology, algorithm, chunks=subset)
+    widths = [accumulation_itemsize(dtype) // itemsize_of(dtype) for dtype in dtypes]
+    for chunk, segments in zip(subset, sizes, strict=True):
+        partial_bytes[chunk] = sum(size * width for size, width in zip(segments, widths, strict=False))
+    return plan_reduce_scatter(place, chunk_bytes, topology, algorithm, chunks=subset, partial_bytes=partial_bytes)
+
+
+def _check_plan(plan: Plan, expected: Plan) -> None:
+    """Whether a user's plan is one for this call; its algorithm and transfers are its own."""
+    for name in ("op", "place", "chunks"):
+        if getattr(plan, name) != getattr(expected, name):
+            raise InvalidArgument(
+                f"expected a plan with {name} {getattr(expected, name)}, got one with {getattr(plan, name)}"
+            )
+    for name in ("chunk_bytes", "partial_bytes"):
+        for chunk in plan.chunks:
+            wanted, found = getattr(expected, name)[chunk], getattr(plan, name)[chunk]
+            if wanted != found:
+                raise InvalidArgument(f"expected a plan with {name} {wanted} for chunk {chunk}, got {found}")
+
+
+def _check_out_sizes(prepared: _Prepared) -> None:
+    if prepared.destination is None or prepared.sizes is None:
+        return
+    for chunk, segments in prepared.destination.segments.items():
+        found = tuple(segment.nbytes for segment in segments)
+        if found != prepared.sizes[chunk]:
+            raise InvalidArgument(f"out: expected {prepared.sizes[chunk]} bytes for chunk {chunk}, got {found}")
+
+
+def _as_invalid(name: str, error: Exception, group: Group) -> Exception:
+    text = str(error).removeprefix(f"{name}: ")
+    return InvalidArgument(f"{name}: {text} {group.place_of_error}")
+
+
+def _check_reducible(layout: Layout, mean: bool) -> None:
+    for dtype in layout.dtypes:
+        if dtype not in REDUCIBLE:
+            raise InvalidArgument(f"held: expected dtypes {', '.join(sorted(REDUCIBLE))}, got {dtype}")
+        if mean and "float" not in dtype:
+            raise InvalidArgument(f"held: expected floats for op mean, got {dtype}")
+
+
+def _check_same_layout(layout: Layout, out: Layout) -> None:
+    if layout.form != out.form:
+        raise InvalidArgument(f"out: expected a {layout.form} (as the input), got a {out.form}")
+    if layout.dtypes and out.dtypes and (layout.dtypes, layout.in_tuples) != (out.dtypes, out.in_tuples):
+        raise InvalidArgument(f"out: expected dtypes {layout.dtypes} (as the input), got {out.dtypes}")
+    if layout.shapes != out.shapes:
+        raise InvalidArgument(f"out: expected rows of shapes {layout.shapes} (as the input), got {out.shapes}")
