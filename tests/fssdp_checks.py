@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ __all__ = [
     "assert_notes_equal",
     "batch_of",
     "check_bytes",
+    "check_disagreement",
     "check_parity",
     "check_script",
     "check_state_dict",
@@ -404,3 +406,17 @@ def check_state_dict(group: sc.Group) -> None:
         assert torch.equal(value, saved[key]), key
     loss = wrapped.loss(5).detach()
     torch.testing.assert_close(loss, plain(batch_of(run.case, 5, group.rank)).detach(), rtol=1e-9, atol=1e-11)
+
+
+def check_disagreement(group: sc.Group) -> None:
+    """A model or a mode that differs on the last rank raises on all; then training goes on."""
+    on_last = group.rank == group.world_size - 1
+    with pytest.raises(sc.CollectiveMismatch):
+        sc.FSSDP(Toy(Case(hidden_dim=3 if on_last else 4)), group=group)
+    run = Sharded(Case(), group)
+    train(run)
+    run.model.train(not on_last)
+    with pytest.raises(sc.CollectiveMismatch, match=rf"training.* rank {group.world_size - 1}"):
+        run.model(batch_of(run.case, 0, group.rank))
+    run.model.train()
+    run.loss(0).backward()

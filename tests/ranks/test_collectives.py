@@ -206,9 +206,9 @@ def test_a_plan_of_other_sizes_is_refused() -> None:
     flat = sc.Topology.flat(3)
     unsound = {
         "op reduce_scatter": sc.plan_all_gather(place, 6, flat),
-        "a plan for": sc.plan_reduce_scatter(sc.Placement.even(3, 3), 6, flat, partial_bytes=12),
-        "for chunks": sc.plan_reduce_scatter(place, 6, flat, partial_bytes=12, chunks=[0, 1]),
-        "bytes in chunk 0": sc.plan_reduce_scatter(place, 8, flat, partial_bytes=12),
+        "with place": sc.plan_reduce_scatter(sc.Placement.even(3, 3), 6, flat, partial_bytes=12),
+        "with chunks": sc.plan_reduce_scatter(place, 6, flat, partial_bytes=12, chunks=[0, 1]),
+        "chunk_bytes 6 for chunk 0": sc.plan_reduce_scatter(place, 8, flat, partial_bytes=12),
         "partial": sc.plan_reduce_scatter(place, 6, flat, "dense"),
     }
 

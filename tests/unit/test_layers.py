@@ -26,7 +26,7 @@ PACKAGE = ROOT / "sparsecoll"
 
 BACK_ENDS = {"torch", "mpi4py", "cupy", "cupyx", "cuda", "nccl"}
 PURE = {"placement", "plan", "balance", "topology", "reference"}
-PUBLIC_MODULES = {"sparsecoll", "sparsecoll.balance", "sparsecoll.moe"}
+PUBLIC_MODULES = {"sparsecoll", "sparsecoll.balance", "sparsecoll.moe", "sparsecoll.native"}
 
 
 class Import(NamedTuple):
@@ -199,11 +199,11 @@ def test_benches_and_examples_use_public_names_only(path: Path) -> None:
             continue
         assert entry.module in PUBLIC_MODULES, f"line {entry.line} imports {entry.module}"
         public = set(importlib.import_module(entry.module).__all__)
-        children = {"balance", "moe"} if entry.module == "sparsecoll" else set()
+        children = {"balance", "moe", "native"} if entry.module == "sparsecoll" else set()
         assert set(entry.names) <= public | children, f"line {entry.line} takes {entry.names} from {entry.module}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-            public = set(importlib.import_module(aliases[node.value.id]).__all__) | {"balance", "moe", "__version__"}
+            public = set(importlib.import_module(aliases[node.value.id]).__all__) | {"balance", "moe", "native", "__version__"}
             assert node.attr in public, f"line {node.lineno} uses {ast.unparse(node)}"
 
 
