@@ -40,7 +40,7 @@ with sc.init_group() as group:
     model = sc.FSSDP(YourModel())
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(group.rank)  # every rank has data of its own
-    for step in range(NUM_STEPS):
+    for step in range(1, NUM_STEPS + 1):
         x, y = batch(generator)
         loss = nn.functional.mse_loss(model(x), y)
         loss.backward()
@@ -48,8 +48,8 @@ with sc.init_group() as group:
         optimizer.step()
         optimizer.zero_grad()
         mean_loss = group.mean(loss.item())
-        if group.rank == 0 and step % 20 in (0, 19):
-            print(f"step {step + 1:3}: loss {mean_loss:.3f}")
+        if group.rank == 0 and (step == 1 or step % 20 == 0):
+            print(f"step {step:3}: loss {mean_loss:.3f}")
     load, memory = model.load_report()["moe"], model.memory_report(optimizer)
     if group.rank == 0:
         print(f"tokens of each expert: {load.tokens}; copied to all ranks: {list(load.hot)}")

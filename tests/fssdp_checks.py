@@ -210,12 +210,12 @@ class Sharded(Run):
     model: Any
 
     def __init__(self, case: Case, group: sc.Group, *, optimizer_first: bool = False) -> None:
-        model = Toy(case, seed=group.rank)
+        toy = Toy(case, seed=group.rank)
         if optimizer_first:
-            super().__init__(case, model)
-        assert sc.FSSDP(model, group=group, balancer=case.balancer) is model
+            super().__init__(case, toy)
+        sc.FSSDP(toy, group=group, balancer=case.balancer)
         if not optimizer_first:
-            super().__init__(case, model)
+            super().__init__(case, toy)
         self.group = group
 
     def loss(self, step: int) -> Tensor:

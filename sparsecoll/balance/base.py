@@ -49,7 +49,7 @@ def find_balancer(balancer: str | Balancer) -> Balancer:
     if isinstance(balancer, str) and balancer in _BY_NAME:
         made: Any = _BY_NAME[balancer]()
         return made
-    if isinstance(balancer, str) or not isinstance(balancer, Balancer):
+    if isinstance(balancer, (str, type)) or not isinstance(balancer, Balancer):
         names = ", ".join(sorted(_BY_NAME))
         raise InvalidArgument(f"balancer: expected {names} or an object with place and window, got {balancer!r}")
     return balancer

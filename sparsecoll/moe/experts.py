@@ -215,9 +215,9 @@ class Experts(nn.Module):
             keys = [f"{prefix}{expert}.{name}" for name in self.weight_names]
             missing = [key for key in keys if key not in state_dict]
             misshapen = [
-                f"{key}: expected shape {list(matrix.shape)}, got {list(state_dict[key].shape)}"
+                f"{key}: expected shape {list(matrix.shape)}, got {_shape(state_dict[key])}"
                 for key, matrix in zip(keys, row, strict=True)
-                if key in state_dict and state_dict[key].shape != matrix.shape
+                if key in state_dict and _shape(state_dict[key]) != list(matrix.shape)
             ]
             missing_keys.extend(missing if strict else ())
             error_msgs.extend(misshapen)
@@ -229,3 +229,7 @@ class Experts(nn.Module):
         if strict:
             known = {f"{prefix}{expert}.{name}" for expert in range(self.num_experts) for name in self.weight_names}
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+
+def _shape(value: Any) -> list[int] | str:
+    return list(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsecoll as sc
@@ -22,19 +23,23 @@ from tests.fssdp_checks import BUSY_REPLICAS, Case, Run, Scattered, Sharded, Toy
 class Small(nn.Module):
     """One MoE layer behind a linear one; the parts of it that tests vary are arguments."""
 
-    def __init__(self, *, name: str = "moe", shape: tuple[int, int] = (2, 3), **sizes: Any) -> None:
+    def __init__(
+        self,
+        *,
+        name: str = "moe",
+        shape: tuple[int, int] = (2, 3),
+        extra: int = 0,
+        num_buffers: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **sizes: Any,
+    ) -> None:
         super().__init__()
-        sizes = {"num_experts": 5, "top_k": 2, "activation": "swiglu", "extra": 0, "buffers": 0, "dtype": None} | sizes
-        extra, num_buffers = sizes.pop("extra"), sizes.pop("buffers")
-        self.inlet = nn.Linear(6, 6, dtype=sizes["dtype"])
-        self.add_module(name, MoELayer(6, 4, **sizes))
+        self.inlet = nn.Linear(6, 6, dtype=dtype)
+        self.add_module(name, MoELayer(6, 4, **{"num_experts": 5, "top_k": 2, "dtype": dtype, **sizes}))
         self.free = nn.Parameter(torch.zeros(shape))
         self.rest = nn.ModuleList(nn.Linear(6, 6) for _ in range(extra))
         for index in range(num_buffers):
             self.register_buffer(f"buffer{index}", torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.moe(self.inlet(x))
 
 
 def raised_by(
@@ -57,7 +62,7 @@ def raised_by(
 
 def test_module_stays_itself() -> None:
     def main(group: sc.Group) -> None:
-        model = Toy(Case())
+        model: Any = Toy(Case())
         names = [name for name, _ in model.named_parameters()], list(model.state_dict()), list(model.named_modules())
         params = dict(model.named_parameters())
         wrapped = sc.FSSDP(model, group=group)
@@ -153,9 +158,9 @@ def test_activation_checkpointing(use_reentrant: bool, balancer: Busiest | Scatt
     """Recomputation routes and places as the forward did."""
 
     def recompute(run: Run) -> None:
-        for layer in (run.model.first, run.model.second):
-            forward = layer.forward
-            layer.forward = lambda h, forward=forward: checkpoint(forward, h, use_reentrant=use_reentrant)
+        model: Any = run.model
+        for layer in (model.first, model.second):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
         train(run)
 
     sc.run_local(lambda group: check_script(group, Case(balancer=balancer), recompute) and None, 3)
@@ -196,7 +201,7 @@ def test_wrong_use_is_an_invalid_argument_on_all_ranks(make: Callable[[sc.Group]
     [
         ({}, {"extra": 1}),
         ({"extra": 2}, {"extra": 1}),
-        ({}, {"buffers": 1}),
+        ({}, {"num_buffers": 1}),
         ({}, {"shape": (3, 2)}),
         ({}, {"shape": (2, 4)}),
         ({}, {"dtype": torch.float64}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_replicas_are_freed_without_backward(mode: str) -> None:
 def test_balancer_sees_the_loads_of_training_only() -> None:
     """Oldest first, at most ``window``, equal on all ranks; evaluation leaves no trace."""
 
-    def main(group: sc.Group) -> list[list[NDArray[np.int64]]]:
+    def main(group: sc.Group) -> list[NDArray[np.int64]]:
         recorder = Recorder()
         run = Sharded(Case(balancer=recorder, tokens=(7, 0, 5)), group)
         loads = []
@@ -170,7 +171,7 @@ def test_values_of_rank_0_win() -> None:
 
     def main(group: sc.Group) -> None:
         expected = Toy(Case(), seed=0).state_dict()
-        model = sc.FSSDP(Toy(Case(), seed=group.rank), group=group)
+        model: Any = sc.FSSDP(Toy(Case(), seed=group.rank), group=group)
         assert float(model.scale) == 1.5
         for key, value in model.state_dict().items():
             assert torch.equal(value, expected[key]), key

@@ -203,7 +203,12 @@ def test_benches_and_examples_use_public_names_only(path: Path) -> None:
         assert set(entry.names) <= public | children, f"line {entry.line} takes {entry.names} from {entry.module}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-            public = set(importlib.import_module(aliases[node.value.id]).__all__) | {"balance", "moe", "native", "__version__"}
+            public = set(importlib.import_module(aliases[node.value.id]).__all__) | {
+                "balance",
+                "moe",
+                "native",
+                "__version__",
+            }
             assert node.attr in public, f"line {node.lineno} uses {ast.unparse(node)}"
 
 
