@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -232,6 +233,49 @@ def test_a_model_that_one_rank_cannot_wrap() -> None:
         assert isinstance(error, sc.CollectiveMismatch) and "rank 1" in str(error)
 
 
+class Obedient:
+    """Returns what a test wants it to."""
+
+    window = 1
+
+    def __init__(self, place: Callable[[sc.Placement], Any]) -> None:
+        self._place = place
+
+    def place(self, history: Sequence[Any], base: sc.Placement) -> Any:
+        return self._place(base)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda base: None,
+        lambda base: sc.Placement.of_owners((base.owners + 1) % 3, 3),
+        lambda base: sc.Placement.of_owners((base.owners + 1) % 3, 3).replicate({0: range(3)}),
+        lambda base: sc.Placement.even(base.num_chunks + 1, 3),
+        lambda base: sc.Placement.even(base.num_chunks, 2),
+    ],
+    ids=["None", "moves owners", "moves owners, with replicas", "another expert", "other ranks"],
+)
+def test_balancer_that_breaks_the_rules(place: Callable[[sc.Placement], Any]) -> None:
+    def main(group: sc.Group) -> None:
+        train(Sharded(Case(num_experts=6, balancer=Obedient(place)), group))
+
+    for error in raised_by(main):
+        assert isinstance(error, sc.InvalidArgument) and "balancer" in str(error), repr(error)
+
+
+@pytest.mark.parametrize(
+    "choice", [({0: [2]}, {1: [2]}), ({0: [2]}, {}), ({}, {0: [2]}), ({0: [0, 1, 2]}, {0: [0, 1]})], ids=str
+)
+def test_balancers_that_disagree(choice: tuple[dict[int, list[int]], dict[int, list[int]]]) -> None:
+    def main(group: sc.Group) -> None:
+        replicas = choice[group.rank == 1]
+        train(Sharded(Case(balancer=Obedient(lambda base: base.replicate(replicas))), group))
+
+    for error in raised_by(main):
+        assert isinstance(error, sc.CollectiveMismatch), repr(error)
+
+
 @pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
 @pytest.mark.parametrize("mode", ["eval", "no_grad"])
 def test_rank_in_another_mode_is_named(mode: str, checked: bool) -> None:
@@ -289,23 +333,21 @@ def test_rank_that_raises_in_backward() -> None:
 
 
 def test_rank_that_skips_backward_is_waited_for_and_named() -> None:
-    def main(group: sc.Group) -> None:
-        run = Sharded(Case(), group)
-        loss = run.loss(0)
-        if group.rank == 1:
-            time.sleep(1.5)
-        else:
-            loss.backward()
+    everyone_is_through = threading.Barrier(3)
 
-    def guarded(group: sc.Group) -> Exception | None:
+    def main(group: sc.Group) -> Exception | None:
+        loss = Sharded(Case(), group).loss(0)
         group.timeout_s = 0.5
-        try:
-            main(group)
-        except Exception as error:
-            return error
-        return None
+        raised = None
+        if group.rank != 1:
+            try:
+                loss.backward()
+            except sc.SparsecollError as error:
+                raised = error
+        everyone_is_through.wait(15.0)
+        return raised
 
-    raised = sc.run_local(guarded, 3, timeout_s=20.0)
+    raised = sc.run_local(main, 3, timeout_s=20.0)
     assert raised[1] is None
     assert any(isinstance(error, sc.CollectiveTimeout) for error in raised)
     for error in (raised[0], raised[2]):

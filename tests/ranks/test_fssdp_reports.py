@@ -35,6 +35,21 @@ def test_every_byte_of_a_step_is_reported(world_size: int) -> None:
     sc.run_local(check_bytes, world_size)
 
 
+def test_micro_batches_average_nothing_until_the_last() -> None:
+    def main(group: sc.Group) -> None:
+        run = Sharded(Case(), group)
+        dense_bytes = []
+        for micro in range(3):
+            run.model.set_requires_gradient_sync(micro == 2)
+            before = group.stats()
+            run.loss(micro).backward()
+            reported_bytes = sum(r.sparse_bytes + r.dispatch_bytes for r in run.model.load_report().values())
+            dense_bytes.append(group.stats().since(before).sent_bytes - reported_bytes)
+        assert dense_bytes[:2] == [0, 0] and dense_bytes[2] > 0
+
+    sc.run_local(main, 3)
+
+
 def test_ranks_on_two_nodes_report_their_bytes_too() -> None:
     sc.run_local(check_bytes, 4, topology=sc.Topology((0, 0, 1, 1)))
 

@@ -114,12 +114,14 @@ def spoiled(state_dict: StateDict, kind: str) -> StateDict:
         del state_dict["outlet.weight"]
     elif kind == "misshapen":
         state_dict[key] = state_dict[key][:-1]
+    elif kind == "no tensor":
+        state_dict[key] = 3
     elif kind == "unexpected":
         state_dict["first.experts.5.down_proj"] = state_dict[key]
     return state_dict
 
 
-@pytest.mark.parametrize("kind", ["missing expert", "missing dense", "misshapen", "unexpected"])
+@pytest.mark.parametrize("kind", ["missing expert", "missing dense", "misshapen", "no tensor", "unexpected"])
 @pytest.mark.parametrize("bad_ranks", [(0, 1, 2), (2,)], ids=str)
 def test_unsuitable_state_dict_raises_on_all_ranks(kind: str, bad_ranks: tuple[int, ...]) -> None:
     """On all, whichever rank owns the expert and whoever has the bad file; then the group goes on."""
