@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,11 +117,10 @@ class Call:
         made = _make_plan(
             self.name, self.place, prepared.subset, sizes, prepared.layout.dtypes, group.topology, self.algorithm
         )
-        if self.plan is not None:
+        # Planners remember what they made, so the plan of a caller who plans ahead usually is this very one.
+        if self.plan is not None and self.plan is not made:
             _check_plan(self.plan, made)
-        return replace(
-            prepared, sizes=dict(zip(prepared.subset, sizes, strict=True)), plan=self.plan if self.plan else made
-        )
+        return prepared._replace(sizes=dict(zip(prepared.subset, sizes, strict=True)), plan=self.plan or made)
 
     def _with_shapes(
         self, group: Group, operation: Operation, prepared: _Prepared, value: list[Any], out: list[Any] | None
@@ -168,7 +169,7 @@ class Call:
                             f"and {row} on rank {rank} {group.place_of_error}"
                         )
                     )
-        prepared = replace(prepared, layout=layout, shapes=merged)
+        prepared = prepared._replace(layout=layout, shapes=merged)
         problem: Exception | None = None
         try:
             sizes = tuple(segment_bytes(merged[chunk], layout.itemsizes) for chunk in prepared.subset)
@@ -195,8 +196,7 @@ class Call:
         return out
 
 
-@dataclass(frozen=True)
-class _Prepared:
+class _Prepared(NamedTuple):
     """A sound call. ``sizes``, ``plan`` and ``shapes`` come later for lists, from all ranks together."""
 
     call: Call
@@ -207,12 +207,13 @@ class _Prepared:
     destination: Rows | None
     sizes: dict[int, tuple[int, ...]] | None = None
     plan: Plan | None = None
-    shapes: dict[int, list[Shape]] = field(default_factory=dict)
+    shapes: Mapping[int, list[Shape]] = MappingProxyType({})
 
     @property
     def digest(self) -> bytes:
-        plan = self.plan.digest if self.plan is not None else None
-        return digest_of(self.call.name, self.call.mean, self.layout.agreed, self.call.place.digest, self.subset, plan)
+        # A plan's digest covers Placement, chunks and sizes.
+        rest = self.plan.digest if self.plan is not None else (self.call.place.digest, self.subset)
+        return digest_of(self.call.name, self.call.mean, self.layout.agreed, rest)
 
     @property
     def description(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ __all__ = ["Layout", "Rows", "Shape", "allocate", "flatten", "layout_of", "read_
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What the rows of a value have in common.
 
     Attributes:
@@ -52,8 +51,7 @@ class Layout:
         return (self.form, self.shapes) if self.form == "list" else (self.form, self.dtypes, self.shapes)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Segments by chunk, over the caller's memory.
 
     Attributes:
@@ -70,9 +68,10 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def dtype_name(tensor: Any) -> str:
+@cache
+def dtype_name(dtype: Any) -> str:
     """``float32`` and so on, the same for torch and NumPy."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.")
 
 
 def layout_of(name: str, value: Any) -> Layout:
@@ -87,7 +86,7 @@ def layout_of(name: str, value: Any) -> Layout:
             for tensor in row:
                 _check_tensor(name, tensor, least_dims=0)
         kinds = {
-            (isinstance(one, tuple), tuple(dtype_name(tensor) for tensor in row))
+            (isinstance(one, tuple), tuple(dtype_name(tensor.dtype) for tensor in row))
             for one, row in zip(value, rows, strict=True)
         }
         if len(kinds) > 1:
@@ -107,7 +106,7 @@ def layout_of(name: str, value: Any) -> Layout:
     return Layout(
         form,
         "torch" if _is_tensor(tensors[0]) else "numpy",
-        tuple(dtype_name(tensor) for tensor in tensors),
+        tuple(dtype_name(tensor.dtype) for tensor in tensors),
         tuple(tuple(map(int, tensor.shape[1:])) for tensor in tensors),
     )
 
@@ -203,6 +202,7 @@ def segment_bytes(shapes: Sequence[Shape], itemsizes: Sequence[int]) -> tuple[in
     return tuple(math.prod(shape) * size for shape, size in zip(shapes, itemsizes, strict=True))
 
 
+@cache
 def itemsize_of(dtype: str) -> int:
     """Bytes per element of any dtype that travels, fp8 and bool included."""
     try:

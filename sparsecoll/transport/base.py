@@ -104,18 +104,22 @@ class Transport(ABC):
         Views must stay alive and untouched until `wait` has returned. Empty views are skipped on both sides.
         Peers are other ranks, never this one.
         """
-        requests = []
-        for peer, view in receives:
-            for part in split_message(view, self.max_message_bytes):
-                requests.append(self._receive(peer, part, operation))
-                self.counters.received_bytes += part.nbytes
-                self.counters.received_messages += 1
-        for peer, view in sends:
-            for part in split_message(view, self.max_message_bytes):
-                requests.append(self._send(peer, part, operation))
-                self.counters.sent_bytes += part.nbytes
-                self.counters.sent_messages += 1
+        incoming = self._parts(receives)
+        outgoing = self._parts(sends)
+        requests = [self._receive(peer, part, operation) for peer, part in incoming]
+        requests += [self._send(peer, part, operation) for peer, part in outgoing]
+        self.counters.received_bytes += sum(part.nbytes for _, part in incoming)
+        self.counters.received_messages += len(incoming)
+        self.counters.sent_bytes += sum(part.nbytes for _, part in outgoing)
+        self.counters.sent_messages += len(outgoing)
         return requests
+
+    def _parts(self, messages: Sequence[Message]) -> list[tuple[int, View]]:
+        """What really goes on the wire: empty views do not, and large ones do in parts."""
+        limit_bytes = self.max_message_bytes
+        if all(0 < view.nbytes <= limit_bytes for _, view in messages):
+            return list(messages)
+        return [(peer, part) for peer, view in messages for part in split_message(view, limit_bytes)]
 
     @abstractmethod
     def _send(self, peer: int, view: View, operation: Operation) -> Any:
