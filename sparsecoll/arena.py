@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "ArenaPool"]
 
 _ALIGNMENT = 64
 
@@ -38,3 +38,25 @@ class Arena:
             begin = 0
         self._used = begin + num_bytes
         return self._blocks[-1][begin : self._used]
+
+
+class ArenaPool:
+    """Arenas that no operation uses at the moment. Operations in flight at the same time have one each."""
+
+    def __init__(self) -> None:
+        self._free: list[Arena] = []
+        self._all: list[Arena] = []
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(arena.reserved_bytes for arena in self._all)
+
+    def borrow(self) -> Arena:
+        if not self._free:
+            self._free.append(Arena())
+            self._all.append(self._free[-1])
+        return self._free.pop()
+
+    def give_back(self, arena: Arena) -> None:
+        """After an operation that ended well; one that failed may still be written to by the back end."""
+        self._free.append(arena)

@@ -1,5 +1,8 @@
 """Runs one rank's part of a Plan over a transport. It decides nothing: what goes where stands in the Plan.
 
+A run is a generator that posts messages and yields the requests that must end before it can go on. Its driver either
+waits at once, or leaves them in flight and comes back.
+
 A chunk is a tuple of *segments*, one uint8 view for each tensor that its rows come from; each segment travels as a
 message of its own, straight from the caller's memory into the caller's memory.
 """
@@ -7,6 +10,7 @@ message of its own, straight from the caller's memory into the caller's memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +19,15 @@ from sparsecoll.native import accumulation_itemsize, itemsize, sum_views
 from sparsecoll.plan import Move, Plan, program
 from sparsecoll.transport.base import Message, Operation, Transport, View
 
-__all__ = ["Segments", "run_all_gather", "run_reduce_scatter"]
+__all__ = ["Segments", "Steps", "all_gather_steps", "reduce_scatter_steps"]
 
 Segments = tuple[View, ...]
 
+Steps = Iterator[list[Any]]
+"""Yields requests of a transport."""
 
-def run_all_gather(
+
+def all_gather_steps(
     plan: Plan,
     transport: Transport,
     source: Mapping[int, Segments],
@@ -28,7 +35,7 @@ def run_all_gather(
     segment_bytes: Mapping[int, Sequence[int]],
     operation: Operation,
     arena: Arena,
-) -> None:
+) -> Steps:
     """Fills ``destination`` with the chunks that this rank holds.
 
     Args:
@@ -52,10 +59,10 @@ def run_all_gather(
         requests = transport.post(sends, receives, operation)
         if number == 0:
             _copy(own, source, destination)
-        transport.wait(requests, operation)
+        yield requests
 
 
-def run_reduce_scatter(
+def reduce_scatter_steps(
     plan: Plan,
     transport: Transport,
     source: Mapping[int, Segments],
@@ -65,7 +72,7 @@ def run_reduce_scatter(
     mean: bool,
     operation: Operation,
     arena: Arena,
-) -> None:
+) -> Steps:
     """Fills ``destination`` with sums (or means) over all holders of the chunks that this rank owns.
 
     The order of summation is fixed by the Plan: a rank's own contribution, then arrivals in the Plan's order.
@@ -80,7 +87,7 @@ def run_reduce_scatter(
     for stage in mine.stages:
         sends = [message for move in stage.sends for message in _messages(move, sums.outgoing(move))]
         receives = [message for move in stage.receives for message in _messages(move, sums.landing(move))]
-        transport.wait(transport.post(sends, receives, operation), operation)
+        yield transport.post(sends, receives, operation)
     num_holders = plan.place.holders.sum(axis=1)
     for chunk in mine.owned:
         sums.total(chunk, destination[chunk], divisor=int(num_holders[chunk]) if mean else 1)

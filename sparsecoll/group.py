@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from sparsecoll.arena import Arena
+from sparsecoll.arena import ArenaPool
 from sparsecoll.config import Config, Launcher
 from sparsecoll.errors import BackendUnavailable, CollectiveMismatch, InvalidArgument, SparsecollError, TransportError
 from sparsecoll.topology import Topology
@@ -40,7 +40,7 @@ class Group:
         topology: which ranks share a node, and link speeds.
         timeout_s: for operations that name none.
         checked: whether every call starts with an exchange of digests.
-        arena: staging memory of the operation that runs.
+        arenas: staging memory of operations.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Group:
         self.transport = transport
         self.timeout_s = timeout_s
         self.checked = checked
-        self.arena = Arena()
+        self.arenas = ArenaPool()
         self._sequence = 0
         self._in_flight = 0
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -124,13 +124,11 @@ class Group:
         self._in_flight += 1
 
         def run() -> None:
-            before = self.stats()
             result, failure = None, None
             try:
                 result = self._guarded(operation, body)
             except BaseException as error:
                 failure = error
-            work.moved = self.stats().since(before)
             self._in_flight -= 1
             work.finish(result, failure)
 

@@ -11,16 +11,10 @@ __all__ = ["Work"]
 
 
 class Work:
-    """One operation in flight. It keeps the operation's buffers alive until it ends.
-
-    Attributes:
-        description: which operation it is.
-        moved: the `Counters` of what it sent and received; None until it has ended.
-    """
+    """One operation in flight. It keeps the operation's buffers alive until it ends."""
 
     def __init__(self, description: str, buffers: Any = None) -> None:
         self.description = description
-        self.moved: Any = None
         self._ended = threading.Event()
         self._result: Any = None
         self._exception: BaseException | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from sparsecoll.collectives.rows import (
 )
 from sparsecoll.collectives.sides import Side, sides
 from sparsecoll.errors import CollectiveMismatch, InvalidArgument, SparsecollError
-from sparsecoll.executor import run_all_gather, run_reduce_scatter
+from sparsecoll.executor import all_gather_steps, reduce_scatter_steps
 from sparsecoll.group import Group
 from sparsecoll.native import REDUCIBLE, accumulation_itemsize
 from sparsecoll.placement import Placement
@@ -34,7 +34,10 @@ from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
 from sparsecoll.topology import Topology
 from sparsecoll.transport.base import Operation
 
-__all__ = ["Call"]
+__all__ = ["Call", "CallSteps", "finish"]
+
+CallSteps = Generator[list[Any], None, Any]
+"""Yields requests that must end before the call goes on; returns its result."""
 
 # Sizes of the segments of each chunk that takes part, ascending by chunk.
 SegmentBytes = tuple[tuple[int, ...], ...]
@@ -66,6 +69,10 @@ class Call:
 
     def run(self, group: Group, operation: Operation, value: Any, out: Any) -> Any:
         """Checks, agrees, plans, moves."""
+        return finish(group, operation, self.steps(group, operation, value, out))
+
+    def steps(self, group: Group, operation: Operation, value: Any, out: Any) -> CallSteps:
+        """The same as a generator, which returns the result; see `sparsecoll.executor`."""
         prepared: _Prepared | None = None
         problem: Exception | None = None
         try:
@@ -80,7 +87,7 @@ class Call:
         assert prepared is not None
         if prepared.layout.form == "list":
             prepared = self._with_shapes(group, operation, prepared, value, out)
-        return self._move(group, operation, prepared, value, out)
+        return (yield from self._move(group, operation, prepared, out))
 
     def _prepare(self, group: Group, value: Any, out: Any) -> _Prepared:
         """Everything that can be known without talking to other ranks."""
@@ -181,7 +188,7 @@ class Call:
         agree(group, operation, digest_of("shapes"), dict, problem=problem)
         return prepared
 
-    def _move(self, group: Group, operation: Operation, prepared: _Prepared, value: Any, out: Any) -> Any:
+    def _move(self, group: Group, operation: Operation, prepared: _Prepared, out: Any) -> CallSteps:
         assert prepared.plan is not None and prepared.sizes is not None
         destination = prepared.destination
         if destination is None:
@@ -189,11 +196,23 @@ class Call:
             out = allocate(prepared.layout, len(wanted), lambda row: shapes[wanted[row]])
             destination = read_rows("out", out, prepared.wanted, writable=True)
         arguments = (prepared.plan, group.transport, prepared.source.segments, destination.segments, prepared.sizes)
+        arena = group.arenas.borrow()
         if self.gathers:
-            run_all_gather(*arguments, operation, group.arena)
+            yield from all_gather_steps(*arguments, operation, arena)
         else:
-            run_reduce_scatter(*arguments, prepared.layout.dtypes, self.mean, operation, group.arena)
+            yield from reduce_scatter_steps(*arguments, prepared.layout.dtypes, self.mean, operation, arena)
+        group.arenas.give_back(arena)
         return out
+
+
+def finish(group: Group, operation: Operation, steps: CallSteps) -> Any:
+    """Runs a call to its end and gives its result."""
+    while True:
+        try:
+            requests = next(steps)
+        except StopIteration as end:
+            return end.value
+        group.transport.wait(requests, operation)
 
 
 class _Prepared(NamedTuple):

@@ -18,13 +18,12 @@ from torch.profiler import record_function
 
 from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.collectives.call import Call
-from sparsecoll.collectives.sparse import issue
+from sparsecoll.collectives.pending import Pending
 from sparsecoll.fssdp.dense import mean_over_ranks
 from sparsecoll.fssdp.layer import Materialized, ShardedLayer, is_recomputing
 from sparsecoll.fssdp.prefetch import PrefetchOrder
 from sparsecoll.group import Group
 from sparsecoll.transport.base import Counters, Operation
-from sparsecoll.work import Work
 
 __all__ = ["Backward"]
 
@@ -32,7 +31,7 @@ __all__ = ["Backward"]
 class _Reduction(NamedTuple):
     layer: ShardedLayer
     owned: tuple[Tensor, ...]
-    work: Work | None
+    pending: Pending | None
 
 
 class Backward:
@@ -80,7 +79,7 @@ class Backward:
             replicas: ``[num_held_hot, ...]``, this rank's contributions to hot experts.
         """
         self._queue()
-        work = None
+        pending = None
         if materialized.hot:
             with record_function(f"FSSDP::sparse_reduce_scatter ({layer.fqn})"):
                 # The exchange of counts in forward has made sure that all ranks have this very Placement.
@@ -93,10 +92,10 @@ class Backward:
                     mean=False,
                     trusted=True,
                 )
-                work = issue(call, replicas, owned, self._group, async_op=True)
+                pending = Pending(call, replicas, owned, self._group)
         else:
             layer.load.reduced = Counters()
-        self._reductions.append(_Reduction(layer, owned, work))
+        self._reductions.append(_Reduction(layer, owned, pending))
 
     def _queue(self) -> None:
         if not self._queued:
@@ -107,11 +106,11 @@ class Backward:
     def _finish(self) -> None:
         self._queued = False
         reductions, self._reductions = self._reductions, []
-        for layer, owned, work in reductions:
-            if work is not None:
+        for layer, owned, pending in reductions:
+            if pending is not None:
                 with record_function(f"FSSDP::wait_for_sparse_reduce_scatter ({layer.fqn})"):
-                    work.wait()
-                layer.load.reduced = work.moved
+                    pending.result()
+                layer.load.reduced = pending.moved
             for weight, grad in zip(layer.experts, owned, strict=True):
                 if weight.requires_grad:
                     _accumulate(weight, grad)

@@ -179,7 +179,7 @@ class FSSDPModule(nn.Module):
 
     def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
         """Bytes in this rank's memory, with those of ``optimizer``'s state if it is given."""
-        return memory_report(self, self._fssdp.memory, optimizer, self._fssdp.group.arena.reserved_bytes)
+        return memory_report(self, self._fssdp.memory, optimizer, self._fssdp.group.arenas.reserved_bytes)
 
     def last_plan(self, layer: str | MoELayer) -> Plan | None:
         """The plan of a layer's last sparse all-gather, or None if it had no replicas yet.

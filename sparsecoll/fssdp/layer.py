@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sparsecoll.balance import Balancer
-from sparsecoll.collectives import sparse_all_gather
 from sparsecoll.collectives.agreement import agree, digest_of
+from sparsecoll.collectives.call import Call
+from sparsecoll.collectives.pending import Pending
 from sparsecoll.fssdp.reports import LayerLoad, ReplicaMemory
 from sparsecoll.group import Group
 from sparsecoll.moe import MoELayer
@@ -24,7 +25,6 @@ from sparsecoll.moe.experts import Row, rows_of
 from sparsecoll.placement import Placement
 from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
 from sparsecoll.transport.base import Counters
-from sparsecoll.work import Work
 
 __all__ = ["Materialized", "ShardedLayer", "is_recomputing"]
 
@@ -49,7 +49,7 @@ class Materialized:
 class _Prefetch(NamedTuple):
     place: Placement
     hot: tuple[int, ...]
-    work: Work
+    gather: Pending
 
 
 class ShardedLayer:
@@ -95,8 +95,10 @@ class ShardedLayer:
         self.last_plan = plan_all_gather(place, self.chunk_bytes, self.group.topology, chunks=hot)
         with record_function(f"FSSDP::sparse_all_gather ({self.fqn})"):
             shard = tuple(weight.detach() for weight in self.experts)
-            work = sparse_all_gather(shard, place, chunks=hot, group=self.group, plan=self.last_plan, async_op=True)
-        self._prefetch = _Prefetch(place, hot, work)
+            # Ranks agree on each other's loads in every exchange of counts, and so on what a balancer makes of them.
+            call = Call("sparse_all_gather", place, hot, self.last_plan, "auto", mean=False, trusted=True)
+            gather = Pending(call, shard, None, self.group)
+        self._prefetch = _Prefetch(place, hot, gather)
 
     def take_materialized(self) -> Materialized:
         """Waits for the replicas of this forward, issuing their gather now if nobody has.
@@ -116,12 +118,12 @@ class ShardedLayer:
         if self._prefetch is None:
             self.load.gathered = Counters()
             return Materialized(self.base, (), (), None)
-        place, hot, work = self._prefetch
+        place, hot, gather = self._prefetch
         self._prefetch = None
         with record_function(f"FSSDP::wait_for_sparse_all_gather ({self.fqn})"):
-            weights = work.result()
+            weights = gather.result()
         self._memory.track(weights)
-        self.load.gathered = work.moved
+        self.load.gathered = gather.moved
         plan = plan_reduce_scatter(
             place, self.chunk_bytes, self.group.topology, chunks=hot, partial_bytes=self._partial_bytes()
         )
@@ -130,7 +132,7 @@ class ShardedLayer:
     def drop_prefetch(self) -> None:
         """Ends a gather that no forward has asked for."""
         if self._prefetch is not None:
-            self._prefetch.work.exception()
+            self._prefetch.gather.result()
             self._prefetch = None
 
     def rows(self, materialized: Materialized, experts: NDArray[np.int64]) -> list[Row]:

@@ -97,7 +97,7 @@ def test_memory_report_counts_what_is_there() -> None:
         assert last.peak_param_bytes == params_bytes + replicas_bytes
         assert last.grad_bytes == sum(p.grad.nbytes for p in run.model.parameters() if p.grad is not None)
         assert last.optimizer_bytes == last.grad_bytes, "one momentum for each gradient"
-        assert last.staging_bytes == group.arena.reserved_bytes
+        assert last.staging_bytes == group.arenas.reserved_bytes
 
     sc.run_local(main, 3)
 

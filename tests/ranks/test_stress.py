@@ -190,13 +190,13 @@ def test_nothing_is_left_after_a_thousand_calls() -> None:
         for number in range(6):
             once(bool(number % 2))
         group.barrier()
-        num_threads, reserved_bytes = threading.active_count(), group.arena.reserved_bytes
+        num_threads, reserved_bytes = threading.active_count(), group.arenas.reserved_bytes
         plan = sc.plan_reduce_scatter(place, 33 * 4, group.topology, "dense")
         assert 0 < reserved_bytes < 4 * plan.staging_bytes[group.rank] + 4096
         group.barrier()
         for number in range(333):
             once(number % 8 == 0)
-        assert group.arena.reserved_bytes == reserved_bytes
+        assert group.arenas.reserved_bytes == reserved_bytes
         group.barrier()
         assert threading.active_count() == num_threads
         group.barrier()
