@@ -47,12 +47,12 @@ class RanksFailed(AssertionError):
         super().__init__("\n".join([*parts, "--- output", output]))
 
 
-def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s: float = 45.0) -> list[Any]:
     """Runs ``module:function`` as ``function(transport, *arguments)`` on every rank.
 
     Args:
         backend: ``gloo`` or ``mpi``.
-        timeout_s: wall-clock limit for everything, imports included.
+        timeout_s: wall-clock limit for everything, imports included; below pytest's own, which would hide the stacks.
 
     Returns:
         What the ranks returned, in rank order.
@@ -88,7 +88,7 @@ def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s
 
 
 def spawn_checks(
-    checks: Sequence[str], world_sizes: Sequence[int], backend: str, *, timeout_s: float = 60.0
+    checks: Sequence[str], world_sizes: Sequence[int], backend: str, *, timeout_s: float = 45.0
 ) -> CheckResults:
     """Runs each ``module:function`` of ``checks`` as ``function(transport)`` in worlds of all sizes, in one start.
 

@@ -213,6 +213,11 @@ def main() -> None:
     folder.write_outcome(outcome)
     if outcome.exception is not None and job.backend == "mpi":
         _end_mpi_job(folder, job.world_size)
+    if job.backend == "gloo":
+        import torch.distributed as dist
+
+        if dist.is_initialized():  # torch left to itself now and then aborts when Python ends
+            dist.destroy_process_group()
     sys.exit(outcome.exception is not None)
 
 

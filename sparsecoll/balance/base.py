@@ -52,4 +52,7 @@ def find_balancer(balancer: str | Balancer) -> Balancer:
     if isinstance(balancer, (str, type)) or not isinstance(balancer, Balancer):
         names = ", ".join(sorted(_BY_NAME))
         raise InvalidArgument(f"balancer: expected {names} or an object with place and window, got {balancer!r}")
+    window: Any = balancer.window
+    if not isinstance(window, int) or window < 1:
+        raise InvalidArgument(f"balancer: expected a window of at least 1 iteration, got {window!r}")
     return balancer

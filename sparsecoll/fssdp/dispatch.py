@@ -36,16 +36,15 @@ class ShardedDispatcher:
         rank, group = layer.group.rank, layer.group
         top_k = routing.expert_ids.shape[1]
         order, counts = sort_by_expert(routing.expert_ids, experts.num_experts)
-        materialized = layer.take_materialized()
+        place = layer.prefetch()
         requires_grad = tokens.requires_grad and torch.is_grad_enabled()
-        loads, any_requires_grad = layer.exchange_counts(counts, materialized, requires_grad)
+        loads, any_requires_grad = layer.exchange_counts(counts, requires_grad)
         if any_requires_grad and not requires_grad:
             # A rank without tokens of its own has no graph behind them, yet must take part in all of backward.
             tokens = tokens.detach().requires_grad_()
-        place = materialized.place
         routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
         mine = routes.of_rank(rank)
-        _report(layer, loads, routes, materialized)
+        _report(layer, loads, routes)
 
         sent = order[torch.from_numpy(mine.send_order)]
         position = inverse_permutation(sent).view_as(routing.expert_ids)
@@ -56,6 +55,7 @@ class ShardedDispatcher:
         outgoing = permute(tokens, sent.div(top_k, rounding_mode="floor"), position)
         incoming = _AllToAll.apply(outgoing, send_counts, recv_counts, layer, "dispatch")
         x = permute(incoming, by_expert, by_source.unsqueeze(1))
+        materialized = layer.materialize()
         y = _HeldExperts.apply(
             x, mine.expert_counts.tolist(), mine.experts, materialized, layer, self._backward, *layer.experts
         )
@@ -66,10 +66,10 @@ class ShardedDispatcher:
         return out
 
 
-def _report(layer: ShardedLayer, loads: np.ndarray, routes: Routes, materialized: Materialized) -> None:
+def _report(layer: ShardedLayer, loads: np.ndarray, routes: Routes) -> None:
     load = layer.load
     load.tokens = loads.sum(axis=0).tolist()
-    load.hot = materialized.hot
+    load.hot = tuple(np.flatnonzero(routes.holders.sum(axis=1) > 1).tolist())
     load.dispatch_bytes = 0
     at_owner = np.bincount(layer.base.owners, weights=load.tokens, minlength=layer.group.world_size)
     computed = routes.quotas.sum(axis=(0, 1))

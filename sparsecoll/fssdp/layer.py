@@ -18,6 +18,7 @@ from sparsecoll.balance import Balancer
 from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.collectives.call import Call
 from sparsecoll.collectives.pending import Pending
+from sparsecoll.errors import InvalidArgument, SparsecollError
 from sparsecoll.fssdp.reports import LayerLoad, ReplicaMemory
 from sparsecoll.group import Group
 from sparsecoll.moe import MoELayer
@@ -46,10 +47,16 @@ class Materialized:
     plan: Plan | None
 
 
-class _Prefetch(NamedTuple):
+class _Decision(NamedTuple):
+    """Where experts will be in the next forward, and the gather that brings them there, if there is any.
+
+    ``problem`` is what is wrong with the balancer's answer, to be raised on all ranks together.
+    """
+
     place: Placement
-    hot: tuple[int, ...]
-    gather: Pending
+    hot: tuple[int, ...] = ()
+    gather: Pending | None = None
+    problem: Exception | None = None
 
 
 class ShardedLayer:
@@ -76,7 +83,8 @@ class ShardedLayer:
         self.last_plan: Plan | None = None
         self._memory = memory
         self._history: deque[NDArray[np.int64]] = deque(maxlen=balancer.window)
-        self._prefetch: _Prefetch | None = None
+        self._decision: _Decision | None = None
+        self._given_up: list[_Decision] = []
         self._last: weakref.ref[Materialized] | None = None
 
     @property
@@ -84,24 +92,32 @@ class ShardedLayer:
         """The owned rows, ``[num_owned, ...]`` for each weight name."""
         return self.layer.experts.weights
 
-    def prefetch(self) -> None:
-        """Decides the next Placement and issues the gather of its replicas, if there are any."""
-        if self._prefetch is not None:
-            return
+    def prefetch(self) -> Placement:
+        """Decides the Placement of the next forward and issues the gather of its replicas; only once."""
+        if self._decision is None:
+            self._decision = self._decide()
+        return self._decision.place
+
+    def _decide(self) -> _Decision:
+        last = self._last() if self._last is not None and is_recomputing() else None
+        if last is not None:
+            return _Decision(last.place, last.hot)
         place = self.balancer.place(list(self._history), self.base)
+        if not isinstance(place, Placement) or not np.array_equal(place.owners, self.base.owners):
+            text = f"balancer: expected a Placement with the owners of its base {self.base}, got {place}"
+            return _Decision(self.base, problem=InvalidArgument(f"{text} {self.group.place_of_error}"))
         hot = tuple(place.replicated().tolist())
         if not hot:
-            return
+            return _Decision(place)
         self.last_plan = plan_all_gather(place, self.chunk_bytes, self.group.topology, chunks=hot)
         with record_function(f"FSSDP::sparse_all_gather ({self.fqn})"):
             shard = tuple(weight.detach() for weight in self.experts)
-            # Ranks agree on each other's loads in every exchange of counts, and so on what a balancer makes of them.
+            # The exchange of counts makes sure that all ranks have decided alike before any of them waits for this.
             call = Call("sparse_all_gather", place, hot, self.last_plan, "auto", mean=False, trusted=True)
-            gather = Pending(call, shard, None, self.group)
-        self._prefetch = _Prefetch(place, hot, gather)
+            return _Decision(place, hot, Pending(call, shard, None, self.group))
 
-    def take_materialized(self) -> Materialized:
-        """Waits for the replicas of this forward, issuing their gather now if nobody has.
+    def materialize(self) -> Materialized:
+        """Waits for the replicas of this forward.
 
         [Note: recomputation] Under activation checkpointing the forward runs again inside backward. It must route as
         it did, so it takes the same experts, which the first forward's graph keeps alive, and leaves no trace in the
@@ -109,17 +125,17 @@ class ShardedLayer:
         """
         last = self._last() if self._last is not None and is_recomputing() else None
         if last is None:
-            last = self._materialize()
+            last = self._wait()
             self._last = weakref.ref(last)
+        self._decision = None
         return last
 
-    def _materialize(self) -> Materialized:
-        self.prefetch()
-        if self._prefetch is None:
+    def _wait(self) -> Materialized:
+        assert self._decision is not None
+        place, hot, gather, _ = self._decision
+        if gather is None:
             self.load.gathered = Counters()
-            return Materialized(self.base, (), (), None)
-        place, hot, gather = self._prefetch
-        self._prefetch = None
+            return Materialized(place, (), (), None)
         with record_function(f"FSSDP::wait_for_sparse_all_gather ({self.fqn})"):
             weights = gather.result()
         self._memory.track(weights)
@@ -131,9 +147,9 @@ class ShardedLayer:
 
     def drop_prefetch(self) -> None:
         """Ends a gather that no forward has asked for."""
-        if self._prefetch is not None:
-            self._prefetch.gather.result()
-            self._prefetch = None
+        if self._decision is not None and self._decision.gather is not None:
+            self._decision.gather.result()
+        self._decision = None
 
     def rows(self, materialized: Materialized, experts: NDArray[np.int64]) -> list[Row]:
         """The weights of the experts held here: gathered rows of hot ones, owned rows of the others."""
@@ -145,28 +161,36 @@ class ShardedLayer:
         """Hot experts of which this rank has a row, ascending."""
         return [expert for expert in materialized.hot if materialized.place.holders[expert, self.group.rank]]
 
-    def exchange_counts(
-        self, counts: Tensor, materialized: Materialized, requires_grad: bool
-    ) -> tuple[NDArray[np.int64], bool]:
+    def exchange_counts(self, counts: Tensor, requires_grad: bool) -> tuple[NDArray[np.int64], bool]:
         """All ranks learn all loads, ``[W, E]``, from this rank's ``counts`` ``[E]``.
 
         The one exchange that a layer needs in forward. It carries the digest of everything on which ranks must agree,
         and whether the tokens of any rank require a gradient: the second result, by which all ranks record the same
         graph and so communicate alike in backward.
         """
+        place = self.prefetch()
+        assert self._decision is not None
+        problem = self._decision.problem
         operation = self.group.operation(f"FSSDP counts ({self.fqn})")
         training, recording = self.layer.training, torch.is_grad_enabled()
-        digest = digest_of(self.fqn, materialized.place.digest, training, recording)
+        digest = digest_of(self.fqn, place.digest, training, recording)
 
         def describe() -> dict[str, object]:
-            holders = [np.flatnonzero(row).tolist() for row in materialized.place.holders]
+            holders = [np.flatnonzero(row).tolist() for row in place.holders]
             return {"layer": self.fqn, "holders": holders, "training": training, "grad_enabled": recording}
 
         payload = np.array([*counts.tolist(), requires_grad], "<i8").tobytes()
-        with record_function(f"FSSDP::exchange_counts ({self.fqn})"):
-            payloads = self.group.run(
-                operation, lambda: agree(self.group, operation, digest, describe, payload=payload)
-            )
+        try:
+            with record_function(f"FSSDP::exchange_counts ({self.fqn})"):
+                payloads = self.group.run(
+                    operation,
+                    lambda: agree(self.group, operation, digest, describe, problem=problem, payload=payload),
+                )
+        except SparsecollError:
+            # Nobody may answer this gather; its buffers stay, for the back end may still use them.
+            self._given_up.append(self._decision)
+            self._decision = None
+            raise
         exchanged = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
         loads = exchanged[:, :-1]
         if training and not is_recomputing():

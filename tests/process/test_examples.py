@@ -23,14 +23,14 @@ LAUNCHERS = {
 
 
 def output_of(launcher: str, script: str, *arguments: str, exit_status: int = 0) -> str:
-    """What the example prints; it must end in time, and leaves no process behind if it does not."""
+    """What the example writes to stdout; it must end in time, and leaves no process behind if it does not."""
     command = [*LAUNCHERS[launcher], str(ROOT / "examples" / script), *arguments]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen(
-        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=LIMIT_S)
+        output, errors = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher then ends what it has started, in whatever session that lives
         try:
@@ -38,7 +38,7 @@ def output_of(launcher: str, script: str, *arguments: str, exit_status: int = 0)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == exit_status, output
+    assert process.returncode == exit_status, f"{output}\n{errors}"
     return output
 
 
