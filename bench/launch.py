@@ -19,7 +19,7 @@ import sparsecoll as sc
 from bench.arguments import LAUNCHED, Options
 from bench.report import merge_records, write_record
 
-__all__ = ["leave", "run_all", "run_ranks"]
+__all__ = ["run_all", "run_ranks"]
 
 _DEFAULT_RANKS = 2
 _GRACE_S = 10.0
@@ -57,14 +57,6 @@ def run_ranks(backend: str, ranks: int, arguments: Sequence[str]) -> int:
     environ = {"OMP_NUM_THREADS": "1", **os.environ}
     sys.stdout.flush()
     return _wait(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
-
-
-def leave(backend: str) -> None:
-    """Takes this rank out of what `sparsecoll.init_group` has started and a closed group leaves running."""
-    if backend == "torch":
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
 
 
 class _JobFailed(Exception):

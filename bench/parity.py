@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsecoll as sc
-from bench.launch import leave, run_ranks
+from bench.launch import run_ranks
 from bench.machine import commit, describe
 from bench.report import write_record
 from sparsecoll.balance import Busiest
@@ -158,7 +158,6 @@ def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
             rows = compare(group, options.steps)
             if group.rank == 0:
                 write_record({"results": rows}, options.json)
-        leave(group.backend)
         return {"passed": all(map(is_right, rows))}
     rows, errors = [], []
     print(f"# {'backend':>7} {'ranks':>5} {'dtype':>8} {'optimizer':>9} {'loss':>9} {'norm':>9} {'parameters':>10}")

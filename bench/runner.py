@@ -50,7 +50,6 @@ def run_case(trial: type[Trial], arguments: Sequence[str]) -> dict[str, Any]:
         record = _measure_all(group, trial, options)
         if group.rank == 0 and options.output is not None:
             write_record(record, options.output)
-    launch.leave(group.backend)
     return record
 
 

@@ -292,8 +292,8 @@ def _make_transport(backend: str, timeout_s: float) -> Transport:
     if backend == "torch":
         from sparsecoll.transport import torch as torch_transport
 
-        torch_transport.init_process_group(timeout_s)
-        return torch_transport.TorchTransport(torch_transport.own_group(timeout_s))
+        is_ours = torch_transport.init_process_group(timeout_s)
+        return torch_transport.TorchTransport(torch_transport.own_group(timeout_s), owned=True, owns_default=is_ours)
     if backend == "mpi":
         from sparsecoll.transport import mpi as mpi_transport
 

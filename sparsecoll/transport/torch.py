@@ -37,6 +37,8 @@ class TorchTransport(TaggedTransport):
     Args:
         process_group: this rank must be a member.
         owned: whether `close` destroys the group, which the peers notice.
+        owns_default: whether `close` destroys torch's default group as well. (Python then ends cleanly: torch 2.13
+            aborts now and then at exit when a default group is left.)
 
     Raises:
         BackendUnavailable: torch is missing, or the group moves no CPU memory.
@@ -44,7 +46,7 @@ class TorchTransport(TaggedTransport):
 
     backend = "torch"
 
-    def __init__(self, process_group: ProcessGroup, *, owned: bool = False) -> None:
+    def __init__(self, process_group: ProcessGroup, *, owned: bool = False, owns_default: bool = False) -> None:
         self._dist = _import_distributed()
         super().__init__(self._dist.get_rank(process_group), self._dist.get_world_size(process_group))
         config = self._dist.get_backend_config(process_group)
@@ -54,6 +56,7 @@ class TorchTransport(TaggedTransport):
             )
         self._group: ProcessGroup | None = process_group
         self._owned = owned
+        self._owns_default = owns_default
         # Gloo sends nothing that is not awaited, so the notice of an abort is awaited from the start.
         self._notices = [new_notice() for _ in self._peers]
         start = Operation("TorchTransport", 0, 0.0)
@@ -115,7 +118,7 @@ class TorchTransport(TaggedTransport):
             return
         self._ending = self._ending or f"rank {self.rank} has closed it"
         if self._owned and self._dist.is_initialized():
-            self._dist.destroy_process_group(self._group)
+            self._dist.destroy_process_group(None if self._owns_default else self._group)
         # Connections close when nobody refers to the group any more.
         self._group = None
         self._listening.clear()
@@ -134,10 +137,13 @@ class _Alias:
         self.__array_interface__ = {**view.__array_interface__, "data": (view.ctypes.data, False)}
 
 
-def init_process_group(timeout_s: float) -> None:
+def init_process_group(timeout_s: float) -> bool:
     """Initializes Gloo from the environment that torchrun sets, unless torch.distributed is initialized already.
 
     Collective: all ranks of the job call it.
+
+    Returns:
+        Whether it was initialized here, and so should be destroyed by whoever asked.
 
     Raises:
         CollectiveTimeout: not all ranks called it within ``timeout_s``; names those that are missing, as far as
@@ -146,7 +152,7 @@ def init_process_group(timeout_s: float) -> None:
     """
     dist = _import_distributed()
     if dist.is_initialized():
-        return
+        return False
     operation = Operation("init_process_group", 0, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -155,6 +161,7 @@ def init_process_group(timeout_s: float) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as exc:
         raise _startup_error(exc, operation) from exc
+    return True
 
 
 def own_group(timeout_s: float) -> ProcessGroup:
