@@ -114,20 +114,11 @@ class Call:
         if out is not None:
             _check_same_layout(layout, layout_of("out", out))
             destination = read_rows("out", out, wanted, writable=True)
-        prepared = _Prepared(self, layout, subset, wanted, source, destination)
-        if layout.shapes is None:
-            return prepared
-        return self._planned(group, prepared, (segment_bytes(layout.shapes, layout.itemsizes),) * len(subset))
-
-    def _planned(self, group: Group, prepared: _Prepared, sizes: SegmentBytes) -> _Prepared:
-        """Adds sizes and the Plan, the user's own or a new one."""
-        made = _make_plan(
-            self.name, self.place, prepared.subset, sizes, prepared.layout.dtypes, group.topology, self.algorithm
-        )
-        # Planners remember what they made, so the plan of a caller who plans ahead usually is this very one.
-        if self.plan is not None and self.plan is not made:
-            _check_plan(self.plan, made)
-        return prepared._replace(sizes=dict(zip(prepared.subset, sizes, strict=True)), plan=self.plan or made)
+        schedule = None
+        if layout.shapes is not None:
+            sizes = (segment_bytes(layout.shapes, layout.itemsizes),) * len(subset)
+            schedule = _schedule(self, subset, sizes, layout, group.topology)
+        return _Prepared(self, layout, subset, wanted, source, destination, schedule)
 
     def _with_shapes(
         self, group: Group, operation: Operation, prepared: _Prepared, value: list[Any], out: list[Any] | None
@@ -153,7 +144,8 @@ class Call:
         reported = [(rank, json.loads(each[: lengths[rank]])) for rank, each in enumerate(texts)]
         speakers = [(rank, each) for rank, each in reported if each["in_tuples"] is not None]
         if not speakers:
-            return self._planned(group, prepared, ((),) * len(prepared.subset))
+            nothing = _schedule(self, prepared.subset, ((),) * len(prepared.subset), layout, group.topology)
+            return prepared._replace(schedule=nothing)
         first_rank, first = speakers[0]
         # A rank with an empty list has no framework of its own to give results in.
         framework = layout.framework if value else first["framework"]
@@ -180,7 +172,8 @@ class Call:
         problem: Exception | None = None
         try:
             sizes = tuple(segment_bytes(merged[chunk], layout.itemsizes) for chunk in prepared.subset)
-            prepared = self._planned(group, prepared, sizes)
+            schedule = _schedule(self, prepared.subset, sizes, layout, group.topology)
+            prepared = prepared._replace(schedule=schedule)
             _check_out_sizes(prepared)
         except SparsecollError as error:
             problem = _as_invalid(self.name, error, group)
@@ -189,13 +182,14 @@ class Call:
         return prepared
 
     def _move(self, group: Group, operation: Operation, prepared: _Prepared, out: Any) -> CallSteps:
-        assert prepared.plan is not None and prepared.sizes is not None
+        assert prepared.schedule is not None
+        plan, sizes, _ = prepared.schedule
         destination = prepared.destination
         if destination is None:
             shapes, wanted = prepared.shapes, prepared.wanted.subset
             out = allocate(prepared.layout, len(wanted), lambda row: shapes[wanted[row]])
             destination = read_rows("out", out, prepared.wanted, writable=True)
-        arguments = (prepared.plan, group.transport, prepared.source.segments, destination.segments, prepared.sizes)
+        arguments = (plan, group.transport, prepared.source.segments, destination.segments, sizes)
         arena = group.arenas.borrow()
         if self.gathers:
             yield from all_gather_steps(*arguments, operation, arena)
@@ -216,7 +210,7 @@ def finish(group: Group, operation: Operation, steps: CallSteps) -> Any:
 
 
 class _Prepared(NamedTuple):
-    """A sound call. ``sizes``, ``plan`` and ``shapes`` come later for lists, from all ranks together."""
+    """A sound call. ``schedule`` and ``shapes`` come later for lists, from all ranks together."""
 
     call: Call
     layout: Layout
@@ -224,18 +218,19 @@ class _Prepared(NamedTuple):
     wanted: Side
     source: Rows
     destination: Rows | None
-    sizes: dict[int, tuple[int, ...]] | None = None
-    plan: Plan | None = None
+    schedule: _Schedule | None = None
     shapes: Mapping[int, list[Shape]] = MappingProxyType({})
 
     @property
     def digest(self) -> bytes:
-        # A plan's digest covers Placement, chunks and sizes.
-        rest = self.plan.digest if self.plan is not None else (self.call.place.digest, self.subset)
-        return digest_of(self.call.name, self.call.mean, self.layout.agreed, rest)
+        if self.schedule is not None:
+            return self.schedule.digest
+        plan = self.call.plan.digest if self.call.plan is not None else None
+        return digest_of(self.call.name, self.call.mean, self.layout.agreed, self.call.place.digest, self.subset, plan)
 
     @property
     def description(self) -> dict[str, Any]:
+        plan = self.schedule.plan if self.schedule is not None else self.call.plan
         return {
             "form": self.layout.form,
             "dtype": list(self.layout.dtypes) if self.layout.form != "list" else None,
@@ -245,12 +240,34 @@ class _Prepared(NamedTuple):
             "owners": self.call.place.owners.tolist(),
             "holders": [np.flatnonzero(row).tolist() for row in self.call.place.holders],
             "chunks": list(self.subset),
-            "algorithm": self.plan.algorithm if self.plan else self.call.algorithm,
-            "plan": self.plan.digest if self.plan else None,
+            "algorithm": plan.algorithm if plan else self.call.algorithm,
+            "plan": plan.digest if plan else None,
         }
 
 
+class _Schedule(NamedTuple):
+    """What a call moves: its Plan, the sizes of each chunk's segments, and the digest of all that must be equal."""
+
+    plan: Plan
+    sizes: dict[int, tuple[int, ...]]
+    digest: bytes
+
+
 @lru_cache(maxsize=512)
+def _schedule(
+    call: Call, subset: tuple[int, ...], sizes: SegmentBytes, layout: Layout, topology: Topology
+) -> _Schedule:
+    """Remembered, for training repeats its calls; the Plan is the user's own or a new one."""
+    made = _make_plan(call.name, call.place, subset, sizes, layout.dtypes, topology, call.algorithm)
+    # Planners remember what they made, so the plan of a caller who plans ahead usually is this very one.
+    if call.plan is not None and call.plan is not made:
+        _check_plan(call.plan, made)
+    plan = call.plan or made
+    # A plan's digest covers Placement, chunks and sizes.
+    digest = digest_of(call.name, call.mean, layout.agreed, plan.digest)
+    return _Schedule(plan, dict(zip(subset, sizes, strict=True)), digest)
+
+
 def _make_plan(
     name: str,
     place: Placement,
@@ -287,12 +304,13 @@ def _check_plan(plan: Plan, expected: Plan) -> None:
 
 
 def _check_out_sizes(prepared: _Prepared) -> None:
-    if prepared.destination is None or prepared.sizes is None:
+    if prepared.destination is None or prepared.schedule is None:
         return
     for chunk, segments in prepared.destination.segments.items():
         found = tuple(segment.nbytes for segment in segments)
-        if found != prepared.sizes[chunk]:
-            raise InvalidArgument(f"out: expected {prepared.sizes[chunk]} bytes for chunk {chunk}, got {found}")
+        expected = prepared.schedule.sizes[chunk]
+        if found != expected:
+            raise InvalidArgument(f"out: expected {expected} bytes for chunk {chunk}, got {found}")
 
 
 def _as_invalid(name: str, error: Exception, group: Group) -> Exception:

@@ -8,12 +8,13 @@ all-gather takes about 1 ms and this about 3 ms), but cannot tell by name the ra
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsecoll.errors import PeerFailure, SparsecollError
-from sparsecoll.transport.base import Operation, Transport, View
+from sparsecoll.transport.base import Message, Operation, Transport, View
 
 __all__ = ["NOTICE_TAG", "NUM_PAYLOAD_TAGS", "Request", "TaggedTransport", "new_notice", "read_notice"]
 
@@ -56,12 +57,14 @@ class TaggedTransport(Transport):
     def _start(self, peer: int, view: View, tag: int, operation: Operation, *, is_send: bool) -> Request:
         """Starts one message under any tag; raises as `wait` does."""
 
-    def _send(self, peer: int, view: View, operation: Operation) -> Request:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], operation: Operation) -> list[Any]:
         self._check_usable(operation)
+        return super().post(sends, receives, operation)
+
+    def _send(self, peer: int, view: View, operation: Operation) -> Request:
         return self._start(peer, view, operation.tag, operation, is_send=True)
 
     def _receive(self, peer: int, view: View, operation: Operation) -> Request:
-        self._check_usable(operation)
         return self._start(peer, view, operation.tag, operation, is_send=False)
 
     def exchange(self, record: bytes, operation: Operation) -> list[bytes]:

@@ -254,18 +254,6 @@ def test_blocking_operations_stay_on_the_callers_thread() -> None:
     sc.run_local(main, 2)
 
 
-def test_work_counts_its_own_traffic() -> None:
-    def main(group: sc.Group) -> None:
-        plan = sc.plan_all_gather(PLACE, 32, group.topology, "direct")
-        works = [gather(group, plan=plan, async_op=True) for _ in range(3)]
-        group.barrier()
-        for work in works:
-            assert work.moved.sent_bytes == plan.sent_bytes[group.rank]
-            assert work.moved.received_bytes == plan.received_bytes[group.rank]
-
-    sc.run_local(main, 3)
-
-
 @pytest.mark.parametrize("async_op", [False, True])
 def test_an_ended_operation_keeps_neither_input_nor_result(async_op: bool) -> None:
     def main(group: sc.Group) -> None:
