@@ -18,7 +18,7 @@ from sparsecoll.transport.base import Operation
 
 __all__ = ["agree", "agreed_error", "digest_of"]
 
-_HEADER = struct.Struct("<?16sI")  # sound, digest, length of the payload
+_HEADER = struct.Struct("<?16sQI")  # sound, digest, number of the operation, length of the payload
 _LENGTH = struct.Struct("<I")
 
 Description = Mapping[str, Any]
@@ -53,7 +53,7 @@ def agree(
         InvalidArgument: ``problem``, on the rank that has it.
         CollectiveMismatch: on all other ranks, or on all where digests differ.
     """
-    record = _HEADER.pack(problem is None, b"" if problem else _salted(operation, digest), len(payload))
+    record = _HEADER.pack(problem is None, b"" if problem else digest, operation.sequence, len(payload))
     if len(record) + len(payload) <= group.record_bytes:
         record += payload
     records = group.transport.exchange(record.ljust(group.record_bytes, b"\0"), operation)
@@ -64,10 +64,6 @@ def agree(
         return group.transport.exchange(payload, operation)
     details = _exchange_details(group, operation, problem, describe)
     raise agreed_error(problem) if problem is not None else agreed_error(_difference(group, operation, details))
-
-
-def _salted(operation: Operation, digest: bytes) -> bytes:
-    return hashlib.blake2b(f"{operation}".encode() + digest, digest_size=16).digest()
 
 
 def agreed_error(error: Exception) -> Exception:

@@ -164,8 +164,8 @@ def read_rows(name: str, value: Any, side: Side, *, writable: bool) -> Rows:
         views = [tuple(view_of(name, t, writable) for t in (r if isinstance(r, tuple) else (r,))) for r in chosen]
         return Rows(rows, dict(zip(side.subset, views, strict=True)))
     flat = [view_of(name, tensor, writable) for tensor in (value if isinstance(value, tuple) else (value,))]
-    sizes = [view.nbytes // count if count else 0 for view in flat]
-    parts = [[view[row * size : (row + 1) * size] for row in rows] for view, size in zip(flat, sizes, strict=True)]
+    tables = [view.reshape(count, view.nbytes // max(1, count)) for view in flat]
+    parts = [[table[row] for row in rows] for table in tables]
     return Rows(rows, dict(zip(side.subset, zip(*parts, strict=True), strict=True)))
 
 

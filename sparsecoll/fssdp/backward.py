@@ -129,7 +129,7 @@ class Backward:
         payloads = agree(
             self._group,
             operation,
-            digest_of(len(params)),
+            digest_of("FSSDP gradients", len(params)),
             lambda: {"dense_parameters": len(params)},
             payload=np.packbits(np.frombuffer(mine, np.uint8)).tobytes(),
         )

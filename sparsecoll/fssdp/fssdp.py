@@ -223,7 +223,9 @@ def _agree_on_structure(
         "balancer": repr(balancer) if is_dataclass(balancer) or isinstance(balancer, str) else str(type(balancer)),
     }
     operation = group.operation("FSSDP")
-    group.run(operation, lambda: agree(group, operation, digest_of(structure), lambda: structure, problem=problem))
+    group.run(
+        operation, lambda: agree(group, operation, digest_of("FSSDP", structure), lambda: structure, problem=problem)
+    )
     return chosen, layers
 
 

@@ -173,7 +173,7 @@ class ShardedLayer:
         problem = self._decision.problem
         operation = self.group.operation(f"FSSDP counts ({self.fqn})")
         training, recording = self.layer.training, torch.is_grad_enabled()
-        digest = digest_of(self.fqn, place.digest, training, recording)
+        digest = digest_of("FSSDP counts", self.fqn, place.digest, training, recording)
 
         def describe() -> dict[str, object]:
             holders = [np.flatnonzero(row).tolist() for row in place.holders]
