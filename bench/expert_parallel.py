@@ -1,9 +1,9 @@
 """``python -m bench expert_parallel``: what FSSDP without replicas costs beside a hand-written all-to-all MoE layer.
 
 Two contestants compute the same layers from the same weights on the same tokens, forward and backward: a model
-wrapped by ``FSSDP(model, balancer="none")``, and expert parallelism as a user would write it with torch.distributed
-(an all-to-all of counts, ``all_to_all_single`` of tokens, a loop over local experts, ``index_add_``). They take turns
-iteration by iteration, and outputs and gradients are compared in the same run.
+wrapped by ``FSSDP(model, balancer="none")``, and expert parallelism as a user would write it with the back end's own
+collectives (an all-to-all of counts, torch's ``all_to_all_single`` or MPI's ``Alltoallv`` of tokens, a loop over local
+experts, ``index_add_``). They take turns iteration by iteration, and gradients are compared in the same run.
 """
 
 from __future__ import annotations
@@ -31,11 +31,70 @@ from bench.report import write_record
 from sparsecoll.moe import MoELayer
 
 
-class HandWrittenLayer(nn.Module):
-    """Expert parallelism with torch's own collectives; experts in contiguous shares."""
+class OverTorch:
+    """torch.distributed's own collectives."""
 
-    def __init__(self, layer: MoELayer, rank: int, world_size: int) -> None:
+    def counts(self, counts: Tensor) -> Tensor:
+        """``[W * share]`` to every rank its part, and back theirs."""
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts)
+        return received
+
+    def rows(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Differentiable."""
+        return all_to_all_single_autograd(x, receive, send, dist.group.WORLD)
+
+    def sum(self, grad: Tensor) -> None:
+        dist.all_reduce(grad)
+
+
+class OverMpi:
+    """mpi4py's own collectives."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.mpi, self.comm = MPI, MPI.COMM_WORLD
+
+    def counts(self, counts: Tensor) -> Tensor:
+        received = torch.empty_like(counts)
+        self.comm.Alltoall(counts.numpy(), received.numpy())
+        return received
+
+    def rows(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return _MpiRows.apply(x, send, receive, self)
+
+    def sum(self, grad: Tensor) -> None:
+        self.comm.Allreduce(self.mpi.IN_PLACE, grad.numpy())
+
+
+class _MpiRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], over: OverMpi) -> Tensor:
+        ctx.send, ctx.receive, ctx.over = send, receive, over
+        return _alltoallv(x, send, receive, over)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _alltoallv(grad, ctx.receive, ctx.send, ctx.over), None, None, None
+
+
+def _alltoallv(x: Tensor, send: list[int], receive: list[int], over: OverMpi) -> Tensor:
+    out = x.new_empty(sum(receive), x.shape[1])
+    width = x.shape[1]
+    over.comm.Alltoallv(
+        [x.contiguous().numpy(), [rows * width for rows in send], over.mpi.FLOAT],
+        [out.numpy(), [rows * width for rows in receive], over.mpi.FLOAT],
+    )
+    return out
+
+
+class HandWrittenLayer(nn.Module):
+    """Expert parallelism as a user would write it; experts in contiguous shares."""
+
+    def __init__(self, layer: MoELayer, rank: int, world_size: int, over: OverTorch | OverMpi) -> None:
         super().__init__()
+        self.over = over
         share = layer.experts.num_experts // world_size
         mine = slice(rank * share, (rank + 1) * share)
         self.num_experts, self.share, self.top_k = layer.experts.num_experts, share, layer.router.top_k
@@ -50,12 +109,11 @@ class HandWrittenLayer(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=self.num_experts)
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts)
+        received = self.over.counts(counts)
         send = counts.view(-1, self.share).sum(1).tolist()
         receive = received.view(-1, self.share).sum(1).tolist()
         sent = x[order // self.top_k]
-        arrived = all_to_all_single_autograd(sent, receive, send, dist.group.WORLD)
+        arrived = self.over.rows(sent, send, receive)
         local = torch.arange(self.share).repeat(len(send)).repeat_interleave(received)
         by_expert = local.argsort(stable=True)
         parts = []
@@ -68,7 +126,7 @@ class HandWrittenLayer(nn.Module):
             gate, up = F.linear(tokens, w_in).chunk(2, dim=-1)
             parts.append(F.linear(F.silu(gate) * up, w_out))
         computed = torch.cat(parts)[by_expert.argsort()]
-        returned = all_to_all_single_autograd(computed, send, receive, dist.group.WORLD)
+        returned = self.over.rows(computed, receive, send)
         weighted = returned * weights.flatten()[order].unsqueeze(-1)
         return torch.zeros_like(x).index_add_(0, order // self.top_k, weighted)
 
@@ -88,7 +146,8 @@ def measure(group: sc.Group, options: argparse.Namespace) -> dict[str, Any]:
     """Times both on this group."""
     torch.manual_seed(0)
     layers = [MoELayer(options.width, options.hidden, options.experts, options.top_k) for _ in range(options.layers)]
-    by_hand = _Residual([HandWrittenLayer(layer, group.rank, group.world_size) for layer in layers])
+    over = OverMpi() if group.backend == "mpi" else OverTorch()
+    by_hand = _Residual([HandWrittenLayer(layer, group.rank, group.world_size, over) for layer in layers])
     ours = sc.FSSDP(_Residual(layers), group=group, balancer="none")
     generator = torch.Generator().manual_seed(group.rank + 1)
     times: dict[str, list[float]] = {"ours": [], "by_hand": []}
@@ -123,7 +182,7 @@ def _step(model: nn.Module, inputs: Tensor, upstream: Tensor, group: sc.Group) -
         for name, param in model.named_parameters():
             assert param.grad is not None
             if name.endswith("router"):
-                dist.all_reduce(param.grad)
+                next(each.over for each in model.layers).sum(param.grad)
             param.grad /= group.world_size
 
 
@@ -136,18 +195,19 @@ def _timed(group: sc.Group, step: Callable[[], None]) -> float:
 
 
 def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Starts the ranks over Gloo, or is one of them."""
+    """Starts the ranks, or is one of them."""
     options = _parser().parse_args(list(arguments))
     if options.launched:
         torch.set_num_threads(1)
-        with sc.init_group("torch") as group:
+        with sc.init_group() as group:
             summary = measure(group, options)
             if group.rank == 0:
                 write_record(summary, options.json)
         return {"passed": True}
     with tempfile.TemporaryDirectory(prefix="sparsecoll-bench-") as folder:
         output = Path(folder, "record.json")
-        status = run_ranks("torch", options.ranks, ["expert_parallel", *arguments, "--launched", "--json", str(output)])
+        own = ["expert_parallel", *arguments, "--launched", "--json", str(output)]
+        status = run_ranks(options.backend, options.ranks, own)
         summary = json.loads(output.read_text()) if output.exists() else {}
     passed = status == 0 and summary.get("input_gradient_rel_diff", 1.0) < 1e-5
     record = {
@@ -170,7 +230,8 @@ def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench expert_parallel", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
-    add("--ranks", type=int, default=2, help="processes over Gloo")
+    add("--backend", choices=["mpi", "torch"], default="mpi")
+    add("--ranks", type=int, default=2)
     add("--layers", type=int, default=4)
     add("--experts", type=int, default=16)
     add("--top-k", type=int, default=2)

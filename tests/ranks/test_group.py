@@ -203,14 +203,14 @@ def test_stats_are_a_snapshot() -> None:
 
 def test_records_larger_than_reserved_travel_in_a_second_exchange() -> None:
     def main(group: sc.Group) -> None:
-        for num_bytes in (0, 10, group.record_bytes - 21, group.record_bytes - 20, 5000):
+        for num_bytes in (0, 10, group.record_bytes - 29, group.record_bytes - 28, 5000):
             operation = group.operation("counts")
             payload = bytes([group.rank]) * num_bytes
             before = group.stats()
             found = agree(group, operation, digest_of(num_bytes), dict, payload=payload)
             assert found == [bytes([rank]) * num_bytes for rank in range(3)]
             rounds = group.stats().since(before).control_messages // 2
-            assert rounds == (1 if 21 + num_bytes <= group.record_bytes else 2)
+            assert rounds == (1 if 29 + num_bytes <= group.record_bytes else 2)
         group.reserve_record(5100)
         group.reserve_record(10)
         assert group.record_bytes == 5100
