@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import gc
 import json
 import os
 import socket
@@ -145,10 +147,11 @@ def _measure(group: sc.Group, trial: Trial, dtype: str, setting: Setting, option
             if name in trial.outputs:
                 poison(trial.outputs[name])
             before = group.stats()
-            group.barrier()
-            begin_s = time.perf_counter()
-            run(step)
-            elapsed_s = time.perf_counter() - begin_s
+            with _no_garbage_collection():
+                group.barrier()
+                begin_s = time.perf_counter()
+                run(step)
+                elapsed_s = time.perf_counter() - begin_s
             if is_timed:
                 tally.times_s[name].append(elapsed_s)
                 if name == "ours":
@@ -158,6 +161,18 @@ def _measure(group: sc.Group, trial: Trial, dtype: str, setting: Setting, option
             tally.num_wrong += trial.count_wrong(step)
             tally.num_wrong_dense += trial.count_wrong_dense(step) if trial.has_baseline else 0
     return _row(group, trial, dtype, setting, options, tally)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As in timeit: a collection that happens to fall into a timed span says nothing about what is timed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _row(group: sc.Group, trial: Trial, dtype: str, setting: Setting, options: Options, tally: _Tally) -> Row:
