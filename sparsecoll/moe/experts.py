@@ -97,8 +97,8 @@ def _forward_by_expert(
 ) -> tuple[Tensor, Tensor]:
     """One expert after the other: what lies between two products then stays in a core's cache.
 
-    For 8 experts, 2,048 rows and D = 128 on one core the whole backward takes 0.8 times as long as product by product
-    over all experts, whose intermediates are large enough to be fresh memory each time.
+    Product by product over all experts, intermediates are megabytes of fresh memory each time. Two runs of
+    ``python -m bench expert_parallel`` over MPI: by hand over ours 0.86 to 0.90 that way, 0.94 this way.
     """
     h = x.new_empty(len(x), rows[0][0].shape[0])
     y = torch.empty_like(x)
