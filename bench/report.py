@@ -165,6 +165,7 @@ class Report:
             for link in (topology.scale_up, topology.scale_out)
         )
         _say(f"# bound and eff assume links of {inside} in a node, {between} between nodes (not measured).")
+        _say("# Times are taken with the garbage collector of Python off, for every contestant.")
 
     def _print_columns(self) -> None:
         if self._options.latency:
