@@ -162,7 +162,7 @@ class Report:
             _say("# wire / time. density: beside padding to the largest message. xdense: the library's time / time.")
         inside, between = (
             f"{link.bandwidth_bytes_per_s / _GIGA:g} GB/s and {link.latency_s * _MICRO:g} us"
-            for link in (topology.scale_up, topology.scale_out)
+            for link in (topology.scale_up_of(0), topology.scale_out_of(0))
         )
         _say(f"# bound and eff assume links of {inside} in a node, {between} between nodes (not measured).")
         _say("# Times are taken with the garbage collector of Python off, for every contestant.")
@@ -247,7 +247,7 @@ class Report:
         largest = results[self._rows.index(self._largest())]
         ratio = "dense_over_sparse" if self._is_sparse else "library_over_ours"
         summary = {ratio: largest["xdense"], "time_over_copy": largest["time_over_copy"]}
-        links = {"scale_up": asdict(group.topology.scale_up), "scale_out": asdict(group.topology.scale_out)}
+        links = {"scale_up": asdict(group.topology.scale_up_of(0)), "scale_out": asdict(group.topology.scale_out_of(0))}
         kind, step = options.step
         return {
             "case": options.case,

@@ -27,15 +27,20 @@ class Link:
 class Topology:
     """Where each rank lives and how fast it talks.
 
+    Links are full duplex: each direction carries the whole bandwidth.
+
     Attributes:
         node_of: ``[world_size]``, the node of each rank; nodes count from 0.
-        scale_up: a rank's link to ranks of its own node.
-        scale_out: a rank's link to ranks of other nodes.
+        scale_up: a rank's link to ranks of its own node; one for all ranks, or ``[world_size]``.
+        scale_out: a rank's link to ranks of other nodes (its rail); one for all ranks, or ``[world_size]``.
+        node_link: what all ranks of a node share towards other nodes; one for all nodes, or ``[num_nodes]``. None where
+            nothing is shared.
     """
 
     node_of: tuple[int, ...]
-    scale_up: Link = Link(bandwidth_bytes_per_s=8e9, latency_s=2e-6)
-    scale_out: Link = Link(bandwidth_bytes_per_s=1.25e9, latency_s=2e-5)
+    scale_up: Link | tuple[Link, ...] = Link(bandwidth_bytes_per_s=8e9, latency_s=2e-6)
+    scale_out: Link | tuple[Link, ...] = Link(bandwidth_bytes_per_s=1.25e9, latency_s=2e-5)
+    node_link: Link | tuple[Link, ...] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -47,13 +52,23 @@ class Topology:
         nodes = set(self.node_of)
         if nodes != set(range(len(nodes))):
             raise InvalidArgument(f"Topology: expected nodes numbered from 0 without gaps, got {sorted(nodes)}")
+        for name, count in (("scale_up", self.world_size), ("scale_out", self.world_size), ("node_link", len(nodes))):
+            links = getattr(self, name)
+            if isinstance(links, Link) or (name == "node_link" and links is None):
+                continue
+            if not isinstance(links, (tuple, list)) or not all(isinstance(each, Link) for each in links):
+                raise InvalidArgument(f"Topology: expected {name} to be a Link or {count} Links, got {links!r}")
+            if len(links) != count:
+                raise InvalidArgument(f"Topology: expected {name} to be a Link or {count} Links, got {len(links)}")
+            # Equal links are one, so that topologies are equal by what they say.
+            object.__setattr__(self, name, links[0] if len(set(links)) == 1 else tuple(links))
 
     @classmethod
-    def flat(cls, world_size: int) -> Topology:
-        """All ranks on one node."""
+    def flat(cls, world_size: int, link: Link | None = None) -> Topology:
+        """All ranks on one node, each with ``link`` to the others."""
         if world_size < 1:
             raise InvalidArgument(f"Topology.flat: expected world_size >= 1, got {world_size}")
-        return cls((0,) * world_size)
+        return cls((0,) * world_size) if link is None else cls((0,) * world_size, scale_up=link)
 
     @classmethod
     def from_hosts(cls, hosts: Sequence[str]) -> Topology:
@@ -69,6 +84,23 @@ class Topology:
     def num_nodes(self) -> int:
         return max(self.node_of) + 1
 
+    def scale_up_of(self, rank: int) -> Link:
+        """The link of ``rank`` to ranks of its own node."""
+        return self.scale_up if isinstance(self.scale_up, Link) else self.scale_up[rank]
+
+    def scale_out_of(self, rank: int) -> Link:
+        """The link of ``rank`` to ranks of other nodes."""
+        return self.scale_out if isinstance(self.scale_out, Link) else self.scale_out[rank]
+
+    def node_link_of(self, node: int) -> Link | None:
+        """What the ranks of ``node`` share towards other nodes."""
+        return self.node_link[node] if isinstance(self.node_link, tuple) else self.node_link
+
     def link(self, src: int, dst: int) -> Link:
-        """The link that bytes from ``src`` to ``dst`` cross."""
-        return self.scale_up if self.node_of[src] == self.node_of[dst] else self.scale_out
+        """What a message from ``src`` to ``dst`` gets when nobody else sends: the slowest link on its way."""
+        if self.node_of[src] == self.node_of[dst]:
+            links = [self.scale_up_of(src), self.scale_up_of(dst)]
+        else:
+            shared = [self.node_link_of(self.node_of[rank]) for rank in (src, dst)]
+            links = [self.scale_out_of(src), self.scale_out_of(dst), *(link for link in shared if link is not None)]
+        return Link(min(link.bandwidth_bytes_per_s for link in links), max(link.latency_s for link in links))

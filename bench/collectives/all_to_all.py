@@ -102,7 +102,7 @@ def _bound_s(between: NDArray[np.int64], topology: sc.Topology) -> float:
     nodes = np.array(topology.node_of)
     inside = nodes[:, None] == nodes[None, :]
     times = [0.0]
-    for link, crossing in ((topology.scale_up, inside), (topology.scale_out, ~inside)):
+    for link, crossing in ((topology.scale_up_of(0), inside), (topology.scale_out_of(0), ~inside)):
         busiest = max((between * crossing).sum(axis=axis).max() for axis in (0, 1))
         if busiest:
             times.append(link.latency_s + float(busiest) / link.bandwidth_bytes_per_s)

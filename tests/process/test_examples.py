@@ -43,7 +43,8 @@ def output_of(launcher: str, script: str, *arguments: str, exit_status: int = 0)
 
 
 def lines_of(output: str) -> list[str]:
-    return sorted(line for line in output.splitlines() if line.startswith("rank "))
+    """What the ranks said; torchrun unbuffers them, so a line of one can come before the line end of another."""
+    return sorted(each.strip() for each in re.split(r"(?=rank \d+ (?:owns|sent))", output) if each.startswith("rank "))
 
 
 COLLECTIVES = {

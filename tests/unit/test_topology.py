@@ -35,6 +35,17 @@ def test_a_link_depends_on_whether_nodes_are_equal() -> None:
     ]
 
 
+def test_ranks_and_nodes_may_have_links_of_their_own() -> None:
+    topology = Topology((0, 0, 1), scale_up=(FAST, SLOW, FAST), scale_out=(SLOW, SLOW, FAST), node_link=(FAST, SLOW))
+    assert [topology.scale_up_of(rank) for rank in range(3)] == [FAST, SLOW, FAST]
+    assert [topology.scale_out_of(rank) for rank in range(3)] == [SLOW, SLOW, FAST]
+    assert [topology.node_link_of(node) for node in range(2)] == [FAST, SLOW]
+    assert topology.link(0, 1) == SLOW
+    assert topology.link(0, 2) == topology.link(2, 0) == SLOW, "the slowest link on the way"
+    assert Topology((0, 1), scale_out=(SLOW, SLOW)) == Topology((0, 1), scale_out=SLOW)
+    assert Topology((0, 1)).node_link_of(0) is None
+
+
 @pytest.mark.parametrize(
     ("make", "rule"),
     [
@@ -45,6 +56,9 @@ def test_a_link_depends_on_whether_nodes_are_equal() -> None:
         (lambda: Topology((-1, 0)), r"from 0 without gaps, got \[-1, 0\]"),
         (lambda: Topology.flat(0), "world_size >= 1, got 0"),
         (lambda: Topology.flat(-3), "world_size >= 1, got -3"),
+        (lambda: Topology((0, 1), scale_up=(FAST,)), "scale_up to be a Link or 2 Links, got 1"),
+        (lambda: Topology((0, 0), node_link=(FAST, FAST)), "node_link to be a Link or 1 Links, got 2"),
+        (lambda: Topology((0, 0), scale_out=7), "scale_out to be a Link or 2 Links, got 7"),
         (lambda: Link(0.0, 0.0), "positive bandwidth"),
         (lambda: Link(-1.0, 0.0), "positive bandwidth"),
         (lambda: Link(math.nan, 0.0), "positive bandwidth"),
