@@ -47,22 +47,54 @@ class Config:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What started this process: ``mpirun``, ``torchrun`` or nothing (``alone``)."""
+    """What started this process, and where it says that this rank sits. None where it says nothing.
+
+    Attributes:
+        name: ``mpirun``, ``torchrun`` or ``alone``.
+        node: its name or number for the node.
+        rank: its number of the rank, in the whole job.
+        local_rank: number of the rank among those of its node.
+        local_size: number of ranks on the node.
+    """
 
     name: str
+    node: str | None = None
+    rank: int | None = None
+    local_rank: int | None = None
+    local_size: int | None = None
 
     # Hydra (MPICH, Intel MPI), PRRTE and Open MPI, and Slurm's PMIx plug-in each leave one of these.
     _MPI = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
     _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    # Node, rank, local rank, local size; a name that no launcher sets stands for what it does not say.
+    _SEATS = (
+        ("torchrun", ("GROUP_RANK", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
+        ("mpirun", ("PMI_HOSTNAME", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),  # Hydra
+        ("mpirun", ("", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")),
+        ("mpirun", ("", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE")),
+    )
+    # Slurm's own, for programs that srun starts; it is asked last, as mpirun may have been started under it.
+    _SLURM = ("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID", "")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Launcher:
         environ = os.environ if environ is None else environ
         if any(name in environ for name in cls._MPI):
-            return cls("mpirun")
-        if all(name in environ for name in cls._TORCHRUN):
-            return cls("torchrun")
-        return cls("alone")
+            launcher = "mpirun"
+        elif all(name in environ for name in cls._TORCHRUN):
+            launcher = "torchrun"
+        else:
+            launcher = "alone"
+        for name, (node, rank, local_rank, local_size) in (*cls._SEATS, (launcher, cls._SLURM)):
+            if name == launcher and (node in environ or local_rank in environ):
+                numbers = (_number(environ.get(each)) for each in (rank, local_rank, local_size))
+                return cls(launcher, environ.get(node) or None, *numbers)
+        return cls(launcher)
+
+
+def _number(text: str | None) -> int | None:
+    """A count; None for anything else, as launchers' variables are not ours to refuse."""
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 def _positive_float(name: str, text: str) -> float:

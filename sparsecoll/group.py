@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import logging
+import os
 import queue
 import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from sparsecoll.arena import ArenaPool
 from sparsecoll.config import Config, Launcher
 from sparsecoll.errors import BackendUnavailable, CollectiveMismatch, InvalidArgument, SparsecollError, TransportError
-from sparsecoll.topology import Topology
+from sparsecoll.topology import Seat, Topology
 from sparsecoll.transport.base import Counters, Operation, Transport
 from sparsecoll.transport.local import LocalTransport, LocalWorld
 from sparsecoll.transport.local import run_local as run_local_transports
@@ -26,7 +28,49 @@ __all__ = ["Group", "default_group", "init_group", "resolve_group", "run_local"]
 T = TypeVar("T")
 
 _log = logging.getLogger("sparsecoll")
-_HOST_BYTES = 64
+_NO_TOPOLOGY, _TOPOLOGY, _UNSOUND_TOPOLOGY = range(3)
+
+
+class _Start(NamedTuple):
+    """What ranks tell each other first.
+
+    Attributes:
+        checked: the group's.
+        given: whether a topology was given, and whether it is sound.
+        digest: of that topology.
+        host, node, rank, local_rank, local_size: the `Seat`, names as digests, 0 and -1 for None.
+    """
+
+    checked: bool
+    given: int
+    digest: bytes
+    host: bytes
+    node: bytes
+    rank: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def here(cls, checked: bool, given: int, digest: bytes) -> _Start:
+        launcher = Launcher.from_environment()
+        host = _name_digest(socket.gethostname())
+        node = b"" if launcher.node is None else _name_digest(launcher.node)
+        rank, local_rank, local_size = (
+            -1 if number is None else number for number in (launcher.rank, launcher.local_rank, launcher.local_size)
+        )
+        return cls(checked, given, digest, host, node, rank, local_rank, local_size)
+
+    @property
+    def seat(self) -> Seat:
+        numbers = (None if number < 0 else number for number in self[5:])
+        return Seat(self.host.hex(), self.node.hex() if any(self.node) else None, *numbers)
+
+
+_START = struct.Struct("<?B16s16s16siii")
+
+
+def _name_digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 class Group:
@@ -44,7 +88,12 @@ class Group:
     """
 
     def __init__(
-        self, transport: Transport, topology: Topology | None = None, *, timeout_s: float, checked: bool
+        self,
+        transport: Transport,
+        topology: Topology | str | os.PathLike[str] | None = None,
+        *,
+        timeout_s: float,
+        checked: bool,
     ) -> None:
         self.transport = transport
         self.timeout_s = timeout_s
@@ -58,12 +107,7 @@ class Group:
         self._closed = False
         # Records of all operations have one length, so that ranks in different operations still understand each other.
         self._record_bytes = 64 + 16 * self.world_size
-        discovered = self._discover_topology()
-        self.topology = discovered if topology is None else topology
-        if self.topology.world_size != self.world_size:
-            raise InvalidArgument(
-                f"Group: expected a topology of {self.world_size} ranks, got {topology} {self.place_of_error}"
-            )
+        self.topology = self._agree_on_topology(topology)
 
     @property
     def rank(self) -> int:
@@ -189,17 +233,54 @@ class Group:
                 self.transport.abort(self._broken)
             raise
 
-    def _discover_topology(self) -> Topology:
-        """One node per host name; also where ranks find out that they were started with different settings."""
-        host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-        records = self.exchange(host + bytes([self.checked]), "init_group")
-        for rank, record in enumerate(records):
-            if record[-1] != records[0][-1]:
+    def _agree_on_topology(self, wanted: Topology | str | os.PathLike[str] | None) -> Topology:
+        """What all ranks were given, or else nodes as the launcher and host names tell them.
+
+        Also where ranks find out that they were started with different settings.
+        """
+        given, problem = None, None
+        try:
+            given = self._given_topology(wanted)
+        except InvalidArgument as error:
+            problem = error
+        kind = _UNSOUND_TOPOLOGY if problem else _NO_TOPOLOGY if given is None else _TOPOLOGY
+        mine = _Start.here(self.checked, kind, bytes.fromhex(given.digest) if given else b"")
+        starts = [_Start(*_START.unpack(each)) for each in self.exchange(_START.pack(*mine), "init_group")]
+        if problem is not None:
+            raise problem
+        for rank, start in enumerate(starts):
+            if start.checked != starts[0].checked:
+                raise self._unequal("equal checked on all ranks", starts[0].checked, rank, start.checked)
+            if start.given == _UNSOUND_TOPOLOGY:
                 raise CollectiveMismatch(
-                    f"init_group: expected equal checked on all ranks, got {bool(records[0][-1])} on rank 0 and "
-                    f"{bool(record[-1])} on rank {rank} {self.place_of_error}"
+                    f"init_group: expected a sound topology on all ranks, rank {rank} has none {self.place_of_error}"
                 )
-        return Topology.from_hosts([record.hex() for record in records])
+            if start[1:3] != starts[0][1:3]:
+                digests = [each.digest.hex() if each.given else "none" for each in (starts[0], start)]
+                raise self._unequal("equal topologies (by digest) on all ranks", digests[0], rank, digests[1])
+        return given or Topology.from_seats([start.seat for start in starts])
+
+    def _unequal(self, rule: str, first: object, rank: int, other: object) -> CollectiveMismatch:
+        return CollectiveMismatch(
+            f"init_group: expected {rule}, got {first} on rank 0 and {other} on rank {rank} {self.place_of_error}"
+        )
+
+    def _given_topology(self, wanted: Topology | str | os.PathLike[str] | None) -> Topology | None:
+        if wanted is None:
+            return None
+        if isinstance(wanted, (str, os.PathLike)):
+            given = Topology.load(wanted)
+        elif isinstance(wanted, Topology):
+            given = wanted
+        else:
+            raise InvalidArgument(
+                f"Group: expected topology to be a Topology or the path of a file, got {wanted!r} {self.place_of_error}"
+            )
+        if given.world_size != self.world_size:
+            raise InvalidArgument(
+                f"Group: expected a topology of {self.world_size} ranks, got {given.world_size} {self.place_of_error}"
+            )
+        return given
 
 
 def _is_agreed(error: BaseException) -> bool:
@@ -241,7 +322,7 @@ def init_group(
     *,
     timeout_s: float | None = None,
     checked: bool | None = None,
-    topology: Topology | None = None,
+    topology: Topology | str | os.PathLike[str] | None = None,
 ) -> Group:
     """Makes the default group of all ranks that the launcher started.
 
@@ -254,10 +335,14 @@ def init_group(
         timeout_s: for operations that name none, and for the start; by default ``SPARSECOLL_TIMEOUT_S`` or 300.
         checked: whether every call starts with an exchange of digests, so that a mismatch or a bad argument on one
             rank raises on all before payload moves; by default ``SPARSECOLL_CHECKED`` or True.
-        topology: nodes and links; by default ranks of one host name share a node.
+        topology: nodes and links, equal on all ranks; or the path of a file that `Topology.save` wrote, which every
+            rank reads. By default nodes are what the launcher says, or else one per host name, and links have the
+            speeds of ``Topology``'s own defaults; `sparsecoll.probe` measures them.
 
     Raises:
         BackendUnavailable: the back end is not installed.
+        InvalidArgument: the topology is of another world size, or its file unsound.
+        CollectiveMismatch: ranks were given different topologies, or differ in ``checked``.
         CollectiveTimeout: a rank did not arrive in time.
     """
     config = Config.from_environment()
@@ -350,7 +435,7 @@ def run_local(
     *,
     timeout_s: float = 60.0,
     checked: bool = True,
-    topology: Topology | None = None,
+    topology: Topology | str | os.PathLike[str] | None = None,
 ) -> list[T]:
     """Runs ``fn(group)`` on ``world_size`` threads as ranks and returns their results in rank order.
 
