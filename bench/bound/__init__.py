@@ -1,0 +1,1 @@
+"""``python -m bench bound``: plans' predicted times over what no schedule can beat, on random cases."""
