@@ -20,6 +20,7 @@ _CASES = {
     "kernels": "bench.kernels",
     "parity": "bench.parity",
     "expert_parallel": "bench.expert_parallel",
+    "cluster": "bench.cluster.case",
 }
 
 
