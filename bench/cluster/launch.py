@@ -16,7 +16,7 @@ from bench.cluster.signals import undisturbed
 __all__ = ["RankFailed", "run_ranks"]
 
 _PORT = 29500  # of the rendezvous; host 0 has all ports to itself
-_GRACE_S = 5.0
+_GRACE_S = 2.0
 _POLL_S = 0.02
 _ROOT = Path(__file__).resolve().parents[2]
 
