@@ -24,7 +24,7 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp) | $(PYTHON)
 	@command -v g++ >/dev/null || { echo "make: expected a C++20 compiler, found no g++ (Debian: apt-get install g++)" >&2; exit 1; }
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[torch,mpi,cli,bench,examples,dev]"
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[torch,mpi,solver,cli,bench,examples,dev]"
 	@touch $@
 
 $(PYTHON):

@@ -1,9 +1,10 @@
 """The linear programme of fluid schedules: the true optimum that bounds and plans are held against, for small cases.
 
-A fluid schedule cuts chunks as finely as it likes, lets every piece take as many hops as it likes, and knows no latency.
-For each chunk it sends a unit of flow from the owner to every receiver; the flows to different receivers may share what
-travels over an arc (a copy), so an arc carries as much of the chunk as the largest of them. What all chunks put on a
-port has to pass it in the time that is minimised. ``docs/bounds.md`` says why this is exact among holders.
+A fluid schedule cuts chunks as finely as it likes, lets every piece take as many hops as it likes, and knows no
+latency. For each chunk it sends a unit of flow from the owner to every receiver. Flows to different receivers share
+what travels over an arc, as a copy is made where they part, so an arc carries as much of the chunk as the largest of
+them. What all chunks put on a port has to pass it in the time that is minimised. ``docs/bounds.md`` says why this is
+exact among holders.
 """
 
 from __future__ import annotations

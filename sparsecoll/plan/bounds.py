@@ -25,17 +25,19 @@ from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
 from sparsecoll.plan.division import divide
-from sparsecoll.topology import Topology
+from sparsecoll.topology import Link, Topology
 
 __all__ = ["holders_bound_s", "universal_bound_s"]
 
 Floats = NDArray[np.float64]
 
-# Costs and amounts as the integers that `divide` takes: to one part in 2^14 and to 2^-40 of all bytes. Neither limits
-# the bound, which is computed from the bins that prove to be the bottleneck.
+# Costs and amounts as the integers that `divide` takes: costs to one part in 2^14 and over a range of 2^14, amounts to
+# 2^-40 of all bytes. Neither limits the bound, which is computed from the bins that prove to be the bottleneck.
 _COST_UNIT = 1 << 14
+_COST_RANGE = 1 << 14
 _LEAST_TOTAL = 1 << 40
-_SAME = 1 + 1e-12
+_ENDLESS = 1e30
+_SAME = 1 + 1e-8
 
 
 def holders_bound_s(place: Placement, chunks: Sequence[int], chunk_bytes: Sequence[int], topology: Topology) -> float:
@@ -65,19 +67,20 @@ def universal_bound_s(place: Placement, chunks: Sequence[int], chunk_bytes: Sequ
     if not len(demand.sizes):
         return 0.0
     ports = _Ports.of(topology)
-    inside = np.bincount(topology.node_of, ports.up)
+    inside = _sums(demand.node_of, ports.up, topology.num_nodes)
     loads = [_ingress(demand, ports, relayed=True)]
     # A byte that anybody lacks leaves its owner, and its owner's node if it is lacked elsewhere.
-    leaving = np.bincount(demand.owners, demand.sizes, place.world_size)
-    loads.append(_longest(leaving, ports.up + ports.out))
-    elsewhere = demand.sizes * (demand.num_nodes > 1)
-    loads.append(_longest(np.bincount(demand.owner_nodes, elsewhere, topology.num_nodes), ports.node))
-    arriving = demand.sizes @ (demand.present > 0) - np.bincount(demand.owner_nodes, demand.sizes, topology.num_nodes)
+    loads.append(_longest(_sums(demand.owners, demand.sizes, place.world_size), ports.up + ports.out))
+    elsewhere = demand.sizes * (demand.num_holder_nodes > 1)
+    loads.append(_longest(_sums(demand.owner_nodes, elsewhere, topology.num_nodes), ports.node))
+    arrives = demand.present > 0
+    arrives[np.arange(len(arrives)), demand.owner_nodes] = False
+    arriving = demand.sizes @ arrives
     loads.append(_longest(arriving, ports.node))
     # All deliveries share all ports: between nodes, within each node, and both together.
     delivered = demand.sizes @ demand.receivers
     loads.append(_longest(arriving.sum(), ports.node.sum()))
-    loads.append(_longest(np.bincount(topology.node_of, delivered), inside + ports.node))
+    loads.append(_longest(_sums(demand.node_of, delivered, topology.num_nodes), inside + ports.node))
     loads.append(_longest(delivered.sum(), (inside + ports.node).sum()))
     return max(loads) + ports.latency_s
 
@@ -99,17 +102,20 @@ class _Demand:
     node_of: NDArray[np.int64]
 
     @classmethod
-    def of(
-        cls, place: Placement, chunks: Sequence[int], chunk_bytes: Sequence[int], topology: Topology
-    ) -> _Demand:
+    def of(cls, place: Placement, chunks: Sequence[int], chunk_bytes: Sequence[int], topology: Topology) -> _Demand:
         index = np.asarray(chunks, np.int64)
-        sizes = np.asarray(chunk_bytes, np.int64)[index]
-        index = index[(sizes > 0) & (place.holders[index].sum(axis=1) > 1)]
+        sizes = np.asarray(chunk_bytes, np.float64)[index]
+        moves = (sizes > 0) & (np.count_nonzero(place.holders[index], axis=1) > 1)
+        index, sizes = index[moves], sizes[moves]
         owners, holders = place.owners[index].astype(np.int64), place.holders[index]
         rows = np.concatenate([owners.astype("<i8")[:, None].view(np.uint8), np.packbits(holders, axis=1)], axis=1)
         _, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-        totals = np.bincount(kind.ravel(), np.asarray(chunk_bytes, np.float64)[index], len(first))
-        return cls(owners[first], holders[first], totals, np.asarray(topology.node_of, np.int64))
+        return cls(
+            owners[first],
+            holders[first],
+            _sums(kind.ravel(), sizes, len(first)),
+            np.asarray(topology.node_of, np.int64),
+        )
 
     @cached_property
     def receivers(self) -> NDArray[np.bool_]:
@@ -125,7 +131,7 @@ class _Demand:
         return (self.holders.astype(np.float32) @ member.astype(np.float32)).astype(np.int64)
 
     @cached_property
-    def num_nodes(self) -> NDArray[np.int64]:
+    def num_holder_nodes(self) -> NDArray[np.int64]:
         """``[K]``: how many nodes have a holder."""
         return np.count_nonzero(self.present, axis=1)
 
@@ -157,24 +163,35 @@ class _Ports(NamedTuple):
         ranks, nodes = range(topology.world_size), range(topology.num_nodes)
         ups, outs = [topology.scale_up_of(rank) for rank in ranks], [topology.scale_out_of(rank) for rank in ranks]
         shared = [topology.node_link_of(node) for node in nodes]
-        up = np.array([link.bandwidth_bytes_per_s for link in ups])
-        up = np.minimum(up, np.bincount(node_of, up)[node_of] - up)
-        up[np.bincount(node_of)[node_of] == 1] = 0.0
-        limits = np.array([np.inf if link is None else link.bandwidth_bytes_per_s for link in shared])
-        out = np.minimum([link.bandwidth_bytes_per_s for link in outs], limits[node_of])
-        node = np.minimum(np.bincount(node_of, out), limits)
-        others = node.sum() - node if topology.num_nodes > 1 else np.zeros(1)
-        node, out = np.minimum(node, others), np.minimum(out, others[node_of])
+        limits = _rates(shared)
+        up, out = _facing(_rates(ups), node_of), _rates(outs)
+        node = _facing(np.minimum(_sums(node_of, out, len(nodes)), limits), np.zeros(len(nodes), np.int64))
         latencies = [link.latency_s for rank, link in enumerate(ups) if up[rank]]
-        if topology.num_nodes > 1:
+        if len(nodes) > 1:
             both = [(link, shared[topology.node_of[rank]]) for rank, link in enumerate(outs)]
             latencies += [max(link.latency_s, 0.0 if node is None else node.latency_s) for link, node in both]
-        return cls(up, out, node, min(latencies))
+        return cls(up, np.minimum(out, node[node_of]), node, min(latencies))
 
     @property
     def bins(self) -> Floats:
-        """``[2 * W + N]``: the ports as bins of a division, numbered by `_Bins`."""
+        """``[2 * W + N]``, the ports as bins of a division: ``up``, then ``out``, then ``node``."""
         return np.concatenate([self.up, self.out, self.node])
+
+
+def _rates(links: Sequence[Link | None]) -> Floats:
+    """Bandwidths; one that nothing limits is very large, as infinities do not divide."""
+    return np.array([_ENDLESS if link is None else min(link.bandwidth_bytes_per_s, _ENDLESS) for link in links])
+
+
+def _facing(rates: Floats, group_of: NDArray[np.int64]) -> Floats:
+    """``rates``, each at most what the others of its group have together."""
+    limited = rates.copy()
+    for group in range(int(group_of.max()) + 1):
+        members = np.flatnonzero(group_of == group)
+        # Only the largest can be more than all others.
+        largest = members[rates[members].argmax()]
+        limited[largest] = min(rates[largest], rates[members[members != largest]].sum())
+    return limited
 
 
 class _Item(NamedTuple):
@@ -196,7 +213,7 @@ def _ingress(demand: _Demand, ports: _Ports, relayed: bool) -> float:
     if relayed:
         return longest
     alone = receivers & (demand.present[:, demand.node_of] == 1)
-    inside = receivers & (demand.num_nodes == 1)[:, None]
+    inside = receivers & (demand.num_holder_nodes == 1)[:, None]
     return max(longest, _longest(demand.sizes @ alone, ports.out), _longest(demand.sizes @ inside, ports.up))
 
 
@@ -219,7 +236,7 @@ def _from_owners(demand: _Demand, world_size: int) -> Iterator[_Item]:
     for kind, owner in enumerate(demand.owners):
         holders = np.flatnonzero(demand.holders[kind])
         has_neighbour = holders[demand.present[kind, demand.node_of[holders]] > 1]
-        crossing = holders if demand.num_nodes[kind] > 1 else holders[:0]
+        crossing = holders if demand.num_holder_nodes[kind] > 1 else holders[:0]
         num_bytes = demand.sizes[kind]
         own = [owner] * bool(owner in has_neighbour) + [owner + world_size] * bool(len(crossing))
         yield _Item(num_bytes, tuple(own))
@@ -233,7 +250,7 @@ def _departures(demand: _Demand, crossing: NDArray[np.int64]) -> Iterator[_Item]
         crossing: ``[W]``, the bin that a rank's messages to other nodes pass.
     """
     for kind, owner in enumerate(demand.owners):
-        num_bytes, num_nodes = demand.sizes[kind], demand.num_nodes[kind]
+        num_bytes, num_nodes = demand.sizes[kind], demand.num_holder_nodes[kind]
         holders = np.flatnonzero(demand.holders[kind])
         nodes = demand.node_of[holders]
         if num_nodes > 1:
@@ -262,7 +279,7 @@ def _arrivals(demand: _Demand, crossing: NDArray[np.int64]) -> Iterator[_Item]:
             inside = holders[nodes == node]
             if node != demand.node_of[owner]:
                 yield _Item(num_bytes, _distinct(crossing[inside]))
-            again = inside[inside != owner] if demand.num_nodes[kind] > 1 else inside[:0]
+            again = inside[inside != owner] if demand.num_holder_nodes[kind] > 1 else inside[:0]
             if len(inside) > 1:
                 yield _Item(num_bytes * (len(inside) - 1), (*inside, *_distinct(crossing[again])))
 
@@ -283,28 +300,32 @@ def _divided(items: Sequence[_Item], rates: Floats, floor: float) -> float:
     items = [item for item in items if item.num_bytes]
     if not items:
         return floor
+    forced = [item for item in items if len(item.bins) == 1]
+    loads = _sums([item.bins[0] for item in forced], [item.num_bytes for item in forced], len(rates))
     used = np.unique(np.concatenate([item.bins for item in items]))
+    floor = max(floor, _longest(loads, rates), _longest(sum(item.num_bytes for item in items), rates[used].sum()))
     position = {each: place for place, each in enumerate(used.tolist())}
     allowed = [sorted(position[each] for each in item.bins) for item in items]
     rates = rates[used]
-    fastest = rates.max()
-    cost = [round(_COST_UNIT * fastest / rate) for rate in rates.tolist()]
-    cost = [1] * len(cost) if len(set(cost)) == 1 else cost
+    fastest = min(rates.max(), rates.min() * _COST_RANGE)
+    unit = 1 if fastest == rates.min() else _COST_UNIT
+    cost = [round(unit * fastest / min(rate, fastest)) for rate in rates.tolist()]
     amounts = [int(item.num_bytes) for item in items]
     shift = max(0, _LEAST_TOTAL.bit_length() - sum(amounts).bit_length())
-    ticks_per_s = fastest * cost[int(rates.argmax())] * (1 << shift)
+    ticks_per_s = fastest * unit * (1 << shift)
     while True:
-        aim = int(floor * ticks_per_s)
-        division = divide([amount << shift for amount in amounts], [0] * len(cost), allowed, cost, aim)
+        aim = int(floor * ticks_per_s * _SAME)
+        work = [amount << shift for amount in amounts]
+        division = divide(work, [0] * len(cost), allowed, cost, aim, home=[-1] * len(work))
         if division.level <= aim:
             return floor
         room = [division.level] * len(cost)
         for shares in division.shares:
             for each, share in shares:
                 room[each] -= share * cost[each]
-        found = _bottleneck(amounts, allowed, division.shares, rates, room)
-        if found <= floor * _SAME:
-            return floor
+        found = max(floor, _bottleneck(amounts, allowed, division.shares, rates, room))
+        if found <= floor * _SAME or division.level <= found * ticks_per_s * _SAME:
+            return found
         floor = found
 
 
@@ -337,8 +358,13 @@ def _bottleneck(
                     waiting.append(source)
     rank = {each: place for place, each in enumerate(reversed(order))}
     closed_at = [max(rank[each] for each in bins) for bins in allowed]
-    needed = np.bincount(closed_at, np.array(amounts, np.float64), len(order)).cumsum()
+    needed = _sums(closed_at, amounts, len(order)).cumsum()
     return float((needed / rates[order[::-1]].cumsum()).max())
+
+
+def _sums(keys: Sequence[int] | NDArray, amounts: Sequence[float] | Floats, count: int) -> Floats:
+    """``[count]``: the amounts of each key, added up."""
+    return np.bincount(np.asarray(keys, np.int64), np.asarray(amounts, np.float64), count).astype(np.float64)
 
 
 def _longest(loads: NDArray | float, rates: NDArray | float) -> float:
