@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ class Topology:
         """
         path = Path(path)
         # Beside the file itself, as a replacement in one step needs the same file system.
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             fresh.write_text(self._text, encoding="utf-8")
             fresh.replace(path)
