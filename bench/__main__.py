@@ -21,6 +21,7 @@ _CASES = {
     "parity": "bench.parity",
     "expert_parallel": "bench.expert_parallel",
     "cluster": "bench.cluster.case",
+    "bound": "bench.bound.case",
 }
 
 
