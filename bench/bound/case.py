@@ -99,8 +99,9 @@ def _print_footer(record: Mapping[str, Any]) -> None:
     for each in record["worst"]:
         which = " ".join(str(each[name]) for name in ("number", "links", "pattern", "op", "algorithm"))
         print(
-            f"# worst: {each['over_reference']:.3f} case {which}: {each['world_size']} ranks, {each['num_nodes']} nodes, "
-            f"{each['num_chunks']} chunks, {each['moved_bytes']} bytes, predicted {each['predicted_s'] * 1e6:.1f} us"
+            f"# worst {each['over_reference']:.3f}: case {which}, {each['world_size']} ranks, "
+            f"{each['num_nodes']} nodes, {each['num_chunks']} chunks, {each['moved_bytes']} bytes, "
+            f"{each['predicted_s'] * 1e6:.1f} us"
         )
     optima = f"{record['bound_is_optimum']} of {record['num_programmes']}"
     print(f"# bound equal to the programme in {optima} plans on nodes")
