@@ -7,6 +7,7 @@ import struct
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -36,8 +37,8 @@ from sparsecoll.transport.base import Operation
 
 __all__ = ["Call", "CallSteps", "finish"]
 
-CallSteps = Generator[list[Any], None, Any]
-"""Yields requests that must end before the call goes on; returns its result."""
+CallSteps = Generator[bool, None, Any]
+"""Yields once, when its first messages are posted, as `sparsecoll.executor.Steps` does; returns the call's result."""
 
 # Sizes of the segments of each chunk that takes part, ascending by chunk.
 SegmentBytes = tuple[tuple[int, ...], ...]
@@ -69,7 +70,7 @@ class Call:
 
     def run(self, group: Group, operation: Operation, value: Any, out: Any) -> Any:
         """Checks, agrees, plans, moves."""
-        return finish(group, operation, self.steps(group, operation, value, out))
+        return finish(self.steps(group, operation, value, out))
 
     def steps(self, group: Group, operation: Operation, value: Any, out: Any) -> CallSteps:
         """The same as a generator, which returns the result; see `sparsecoll.executor`."""
@@ -199,14 +200,13 @@ class Call:
         return out
 
 
-def finish(group: Group, operation: Operation, steps: CallSteps) -> Any:
+def finish(steps: CallSteps) -> Any:
     """Runs a call to its end and gives its result."""
     while True:
         try:
-            requests = next(steps)
+            next(steps)
         except StopIteration as end:
             return end.value
-        group.transport.wait(requests, operation)
 
 
 class _Prepared(NamedTuple):
@@ -283,10 +283,25 @@ def _make_plan(
         chunk_bytes[chunk] = sum(segments)
     if name == "sparse_all_gather":
         return plan_all_gather(place, chunk_bytes, topology, algorithm, chunks=subset)
-    widths = [accumulation_itemsize(dtype) // itemsize_of(dtype) for dtype in dtypes]
+    itemsizes = [itemsize_of(dtype) for dtype in dtypes]
+    widths = [accumulation_itemsize(dtype) // size for dtype, size in zip(dtypes, itemsizes, strict=True)]
     for chunk, segments in zip(subset, sizes, strict=True):
         partial_bytes[chunk] = sum(size * width for size, width in zip(segments, widths, strict=False))
-    return plan_reduce_scatter(place, chunk_bytes, topology, algorithm, chunks=subset, partial_bytes=partial_bytes)
+    return plan_reduce_scatter(
+        place,
+        chunk_bytes,
+        topology,
+        algorithm,
+        chunks=subset,
+        partial_bytes=partial_bytes,
+        divisible=len(set(widths)) <= 1 and all(_is_aligned(segments, itemsizes) for segments in sizes),
+    )
+
+
+def _is_aligned(segments: tuple[int, ...], itemsizes: list[int]) -> bool:
+    """Whether every segment begins at a multiple of its elements' size, so that cuts fall between elements."""
+    offsets = accumulate(segments, initial=0)
+    return all(offset % itemsize == 0 for offset, itemsize in zip(offsets, itemsizes, strict=False))
 
 
 def _check_plan(plan: Plan, expected: Plan) -> None:

@@ -1,8 +1,9 @@
-"""A sparse collective in two halves on the caller's own thread: messages are posted now and waited for later.
+"""A sparse collective in two halves: messages are posted now and waited for later.
 
-A thread of its own would move bytes as well, but on a CPU it takes the interpreter and a core from the compute that it
-is to hide behind. What a back end moves by itself (Gloo's threads, a kernel that reads a peer's memory) overlaps all
-the same.
+Both halves run on the caller's own thread where no other rank waits for what this one forwards. A thread of its own
+would move bytes as well, but on a CPU it takes the interpreter and a core from the compute that it is to hide behind;
+what a back end moves by itself (Gloo's threads, a kernel that reads a peer's memory) overlaps all the same. A rank that
+relays goes on at once on the group's thread, so that nobody waits until its caller has time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from sparsecoll.collectives.call import Call, finish
 from sparsecoll.group import Group
 from sparsecoll.transport.base import Counters
+from sparsecoll.work import Work
 
 __all__ = ["Pending"]
 
@@ -27,30 +29,35 @@ class Pending:
         self._group = group
         self._operation = group.operation(call.name)
         self._steps = call.steps(group, self._operation, value, out)
-        self._requests: list[Any] = []
         self._result: Any = None
         self._has_ended = False
+        self._work: Work | None = None
         self.moved = Counters()
-        group.run(self._operation, self._post)
+        can_wait = group.run(self._operation, self._post)
+        if not can_wait:
+            self._work = group.start(self._operation, self._end, value, out)
 
     def result(self) -> Any:
         """Waits for the messages, does what is left, and gives what the blocking call would return."""
-        if not self._has_ended:
+        if self._work is not None:
+            self._work.wait()
+        elif not self._has_ended:
             self._group.run(self._operation, self._end)
         return self._result
 
-    def _post(self) -> None:
+    def _post(self) -> bool:
         before = self._group.stats()
+        can_wait = True
         try:
-            self._requests = next(self._steps)
+            can_wait = next(self._steps)
         except StopIteration as end:
             self._result, self._has_ended = end.value, True
         self.moved = self._group.stats().since(before)
+        return can_wait
 
     def _end(self) -> None:
         before = self._group.stats()
         self._has_ended = True
-        self._group.transport.wait(self._requests, self._operation)
-        self._result = finish(self._group, self._operation, self._steps)
+        self._result = finish(self._steps)
         later = vars(self._group.stats().since(before))
         self.moved = Counters(**{name: value + later[name] for name, value in vars(self.moved).items()})

@@ -1,15 +1,18 @@
 """Plans: frozen schedules of transfers, made by pure functions and compared by digest."""
 
-from sparsecoll.plan.plan import TRANSFER, Plan
+from sparsecoll.plan.algorithms import ALGORITHMS
+from sparsecoll.plan.plan import Plan
 from sparsecoll.plan.planner import chunk_subset, plan_all_gather, plan_reduce_scatter
-from sparsecoll.plan.program import Move, Program, Stage, program
+from sparsecoll.plan.program import Move, Program, program
+from sparsecoll.plan.transfer import LEAD, TRANSFER
 
 __all__ = [
+    "ALGORITHMS",
+    "LEAD",
     "TRANSFER",
     "Move",
     "Plan",
     "Program",
-    "Stage",
     "chunk_subset",
     "plan_all_gather",
     "plan_reduce_scatter",

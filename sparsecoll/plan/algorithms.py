@@ -1,61 +1,153 @@
-"""The algorithms: Placement → transfers. Pure, vectorized, the same on every rank.
+"""The algorithms: Placement → transfers. Pure, the same on every rank.
 
 ``direct``: the owner sends each holder its copy (Hecate, section 5.1, does the same with a broadcast per chunk);
-contributions go straight back to the owner. ``dense``: every chunk visits every rank around a ring, wanted or not,
-as the dense collective would move it; the better choice when nearly everything is held, and the base line else.
+contributions go straight back to the owner. ``dense``: every chunk visits every rank around a ring, wanted or not, as
+the dense collective would move it; the base line, and no worse than ``direct`` when everything is held. ``relay`` and
+``hierarchical``: holders forward to each other (`trees`), as if all ranks were alike, or with regard to nodes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
-from sparsecoll.plan.plan import transfer_table
+from sparsecoll.plan.costs import Costs
+from sparsecoll.plan.transfer import Table, transfer_table
+from sparsecoll.plan.trees import Schedule, trees
 
-__all__ = ["ALGORITHMS", "dense_all_gather", "dense_reduce_scatter", "direct_all_gather", "direct_reduce_scatter"]
+__all__ = ["ALGORITHMS", "Case", "Draft", "draft"]
 
-Table = NDArray[Any]
+ALGORITHMS = ("direct", "relay", "hierarchical", "dense")
 
 
-def direct_all_gather(place: Placement, chunks: NDArray[np.int64]) -> Table:
-    """Owner to every other holder, all in one stage."""
+class Case(NamedTuple):
+    """What is to be planned; lists have an entry for each chunk of the Placement.
+
+    Attributes:
+        gathers: an all-gather, not a reduce-scatter.
+        chunks: those that move: they take part and have bytes.
+        sizes, partial_sizes: bytes in the input's dtype, and of a partial sum.
+        divisible: whether chunks may be cut.
+    """
+
+    gathers: bool
+    place: Placement
+    chunks: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    partial_sizes: NDArray[np.int64]
+    node_of: tuple[int, ...]
+    costs: Costs
+    divisible: bool
+
+
+class Draft(NamedTuple):
+    """Attributes:
+    algorithm: which one made it.
+    expected: ticks that it is expected to take.
+    table: its transfers.
+    """
+
+    algorithm: str
+    expected: int
+    table: Table
+
+
+def draft(case: Case, algorithm: str) -> Draft:
+    """Plans by one algorithm, or by the best of all with ``auto``."""
+    if algorithm == "direct":
+        return _direct(case)
+    if algorithm == "dense":
+        return _dense(case)
+    if algorithm in ("relay", "hierarchical"):
+        return _trees(case, algorithm)
+    num_nodes = len(case.costs.node)
+    has_levels = 1 < num_nodes < case.place.world_size
+    drafts = [_direct(case)]
+    if (case.place.holders[case.chunks].sum(axis=1) > 2).any():  # else there is nothing to forward
+        drafts.append(_trees(case, "hierarchical" if has_levels else "relay"))
+    drafts.append(_dense(case))
+    return min(drafts, key=lambda each: each.expected)
+
+
+def _direct(case: Case) -> Draft:
+    """Owner to every other holder, all in one stage; or back."""
+    place, chunks = case.place, case.chunks
     position, holder = np.nonzero(place.holders[chunks])
     chunk = chunks[position]
     owner = place.owners[chunk]
     other = holder != owner
     chunk, owner, holder = chunk[other], owner[other], holder[other]
-    # Nearest rank number upwards first: ranks then begin with different receivers instead of all with rank 0.
+    # Nearest rank number upwards first: ranks then begin with different receivers instead of all with rank 0. Owners
+    # sum in this order: own contribution first, then ranks upwards from themselves.
     order = np.lexsort((chunk, (holder - owner) % place.world_size))
-    return transfer_table(0, owner[order], holder[order], chunk[order], False)
+    src, dst = (owner, holder) if case.gathers else (holder, owner)
+    table = transfer_table(0, src[order], dst[order], chunk[order], case.sizes[chunk[order]], False)
+    busiest = _busiest(case, table["src"], table["dst"], case.sizes[table["chunk"]])
+    return Draft("direct", busiest + _latency(case, table), table)
 
 
-def direct_reduce_scatter(place: Placement, chunks: NDArray[np.int64]) -> Table:
-    """Every other holder to the owner, all in one stage."""
-    gather = direct_all_gather(place, chunks)
-    # The owner sums in table order: own contribution first, then ranks upwards from itself.
-    return transfer_table(0, gather["dst"], gather["src"], gather["chunk"], False)
+def _dense(case: Case) -> Draft:
+    """A ring: in stage k a rank passes on the whole shard of the rank k places before it, or a sum on its way there."""
+    place, world_size = case.place, case.place.world_size
+    hop, position = (axis.ravel() for axis in np.indices((world_size - 1, len(case.chunks))))
+    chunk = case.chunks[position]
+    src = (place.owners[chunk] + hop + (not case.gathers)) % world_size
+    partial = (hop > 0) & (not case.gathers)
+    table = transfer_table(hop, src, (src + 1) % world_size, chunk, case.sizes[chunk], partial)
+    sizes = np.where(partial, case.partial_sizes[chunk], case.sizes[chunk])
+    expected = 0
+    for stage in range(world_size - 1):
+        rows = table["stage"] == stage
+        expected += _busiest(case, table["src"][rows], table["dst"][rows], sizes[rows])
+        expected += _latency(case, table[rows])
+    return Draft("dense", expected, table)
 
 
-def dense_all_gather(place: Placement, chunks: NDArray[np.int64]) -> Table:
-    """A ring: in stage k a rank passes on the whole shard of the rank k places before it."""
-    hop, position = (axis.ravel() for axis in np.indices((place.world_size - 1, len(chunks))))
-    chunk = chunks[position]
-    src = (place.owners[chunk] + hop) % place.world_size
-    return transfer_table(hop, src, (src + 1) % place.world_size, chunk, False)
+def _trees(case: Case, algorithm: str) -> Draft:
+    chunks = [int(chunk) for chunk in case.chunks if case.place.holders[chunk].sum() > 1]
+    world_size, costs, node_of = case.place.world_size, case.costs, case.node_of
+    if algorithm == "relay" and 1 < len(costs.node) < world_size:  # forgets nodes: all ranks are on one
+        slow = tuple(map(max, costs.up, costs.out))
+        costs, node_of = costs._replace(up=slow, node=(0,)), (0,) * world_size
+    schedule = Schedule(
+        chunks=chunks,
+        sizes=case.sizes[chunks].tolist(),
+        first_bytes=(case.sizes if case.gathers else case.partial_sizes)[chunks].tolist(),
+        owners=case.place.owners[chunks].tolist(),
+        holders=[np.flatnonzero(case.place.holders[chunk]).tolist() for chunk in chunks],
+        node_of=node_of,
+        costs=costs,
+        divisible=case.divisible,
+    )
+    found = trees(schedule, mirrored=not case.gathers)
+    return Draft(algorithm, found.expected, found.table)
 
 
-def dense_reduce_scatter(place: Placement, chunks: NDArray[np.int64]) -> Table:
-    """The ring that ends at the owner; every rank adds its contribution, zeros where it holds none."""
-    hop, position = (axis.ravel() for axis in np.indices((place.world_size - 1, len(chunks))))
-    chunk = chunks[position]
-    src = (place.owners[chunk] + 1 + hop) % place.world_size
-    return transfer_table(hop, src, (src + 1) % place.world_size, chunk, hop > 0)
+def _busiest(case: Case, src: NDArray[np.int32], dst: NDArray[np.int32], sizes: NDArray[np.int64]) -> int:
+    """Ticks that the busiest link needs for its messages."""
+    nodes, costs = np.asarray(case.node_of), case.costs
+    crosses = nodes[src] != nodes[dst]
+    times = [0]
+    for ends in (src, dst):
+        for which, index, ticks in (
+            (~crosses, ends, costs.up),
+            (crosses, ends, costs.out),
+            (crosses, nodes[ends], costs.node),
+        ):
+            loads = np.zeros(len(ticks), np.int64)
+            np.add.at(loads, index[which], sizes[which])
+            times.append(int((loads * np.asarray(ticks, np.int64)).max()))
+    return max(times)
 
 
-ALGORITHMS = {
-    "all_gather": {"direct": direct_all_gather, "dense": dense_all_gather},
-    "reduce_scatter": {"direct": direct_reduce_scatter, "dense": dense_reduce_scatter},
-}
+def _latency(case: Case, table: Table) -> int:
+    """Ticks until a message arrives: the longest of those that some message needs."""
+    if not len(table):
+        return 0
+    nodes = np.asarray(case.node_of)
+    crosses = nodes[table["src"]] != nodes[table["dst"]]
+    inside = case.costs.up_latency if not crosses.all() else 0
+    return max(inside, case.costs.out_latency if crosses.any() else 0)

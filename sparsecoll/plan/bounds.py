@@ -371,6 +371,3 @@ def _longest(loads: NDArray | float, rates: NDArray | float) -> float:
     """The largest load over its rate; without a load no rate is needed."""
     loads, rates = np.atleast_1d(loads), np.atleast_1d(rates)
     return float((loads[loads > 0] / rates[loads > 0]).max(initial=0.0))
-
-
-bound_s = holders_bound_s

@@ -11,18 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
-from sparsecoll.plan.bounds import bound_s
+from sparsecoll.plan.bounds import holders_bound_s, universal_bound_s
+from sparsecoll.plan.costs import costs_of
 from sparsecoll.plan.explain import explain
+from sparsecoll.plan.simulate import Timeline, simulate
+from sparsecoll.plan.transfer import freeze
 from sparsecoll.topology import Topology
 
-__all__ = ["TRANSFER", "Plan", "transfer_table"]
-
-TRANSFER = np.dtype([("stage", "<i4"), ("src", "<i4"), ("dst", "<i4"), ("chunk", "<i4"), ("partial", "?")])
-"""One row of `Plan.transfers`.
-
-``stage``: a rank forwards in stage k what it received in stages before k. ``partial``: the payload is a sum that a
-relay made of several contributions, in the accumulation dtype, rather than a contribution in the input's dtype.
-"""
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +29,13 @@ class Plan:
 
     Attributes:
         op: ``all_gather`` or ``reduce_scatter``.
-        algorithm: ``direct`` or ``dense``.
+        algorithm: ``direct``, ``relay``, ``hierarchical`` or ``dense``.
         place: owners and holders.
         chunks: the chunks that take part, ascending.
         chunk_bytes: ``[C]``, size of a chunk in the input's dtype.
         partial_bytes: ``[C]``, size of a partial sum of it in the accumulation dtype.
         topology: what predictions are made with.
-        transfers: array of `TRANSFER`; messages of a pair of ranks travel in this order.
+        transfers: array of `sparsecoll.plan.transfer.TRANSFER`.
     """
 
     op: str
@@ -54,10 +50,13 @@ class Plan:
     @cached_property
     def transfer_bytes(self) -> NDArray[np.int64]:
         """``[num_transfers]``, bytes on the wire of each transfer."""
-        whole = np.asarray(self.chunk_bytes, np.int64)
-        partial = np.asarray(self.partial_bytes, np.int64)
-        chunk = self.transfers["chunk"]
-        return _frozen(np.where(self.transfers["partial"], partial[chunk], whole[chunk]))
+        table = self.transfers
+        whole = np.maximum(np.asarray(self.chunk_bytes, np.int64), 1)[table["chunk"]]
+        # Chunks that are cut have one width of partial sums for all bytes, so ratios are whole numbers there.
+        partial = np.asarray(self.partial_bytes, np.int64)[table["chunk"]]
+        length = table["end"] - table["begin"]
+        sums = np.where(length == whole, partial, length * (partial // whole))
+        return freeze(np.where(table["partial"], sums, length))
 
     @cached_property
     def sent_bytes(self) -> NDArray[np.int64]:
@@ -71,8 +70,8 @@ class Plan:
 
     @cached_property
     def sent_transfers(self) -> NDArray[np.int64]:
-        """``[W]``, transfers that each rank sends; each is one message per tensor of a chunk."""
-        return self._per_rank("src", np.ones(len(self.transfers), np.int64))
+        """``[W]``, pieces that each rank sends; each is one message per tensor of a chunk that it is cut from."""
+        return self._per_rank("src", self.transfers["pieces"].astype(np.int64))
 
     @cached_property
     def staging_bytes(self) -> NDArray[np.int64]:
@@ -87,30 +86,29 @@ class Plan:
         without = ~transfers["partial"] & ~place.holders[chunk, transfers["src"]]
         zeros = np.zeros(place.world_size, np.int64)
         np.maximum.at(zeros, transfers["src"], np.where(without, self.transfer_bytes, 0))
-        return _frozen(arrivals + sent_sums + zeros)
+        return freeze(arrivals + sent_sums + zeros)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """When each piece travels if links are all that takes time; see `sparsecoll.plan.simulate`."""
+        gathers = self.op == "all_gather"
+        costs = costs_of(self.topology)
+        return simulate(self.transfers, self.transfer_bytes.tolist(), self.topology.node_of, costs, gathers=gathers)
 
     @cached_property
     def predicted_s(self) -> float:
-        """Time of the schedule on ``topology``: stages one after the other, in each the busiest link direction."""
-        transfers, topology = self.transfers, self.topology
-        if not len(transfers):
-            return 0.0
-        nodes = np.asarray(topology.node_of)
-        inside = nodes[transfers["src"]] == nodes[transfers["dst"]]
-        num_stages, world_size = int(transfers["stage"].max()) + 1, self.place.world_size
-        busiest = np.zeros(num_stages)
-        for link, crossing in ((topology.scale_up, inside), (topology.scale_out, ~inside)):
-            cost = link.latency_s + self.transfer_bytes[crossing] / link.bandwidth_bytes_per_s
-            for side in ("src", "dst"):
-                busy = np.zeros((num_stages, world_size))
-                np.add.at(busy, (transfers["stage"][crossing], transfers[side][crossing]), cost)
-                busiest = np.maximum(busiest, busy.max(axis=1))
-        return float(busiest.sum())
+        """Seconds that the schedule takes on ``topology``, with latencies and the filling of the pipeline."""
+        return self.timeline.finish * costs_of(self.topology).tick_s
 
     @cached_property
     def bound_s(self) -> float:
-        """No schedule at all is faster than this on ``topology``; see `sparsecoll.plan.bounds`."""
-        return bound_s(self.place, self.chunks, self.chunk_bytes, self.topology)
+        """Seconds below which no schedule gets in which only holders carry chunks; see `sparsecoll.plan.bounds`."""
+        return holders_bound_s(self.place, self.chunks, self.chunk_bytes, self.topology)
+
+    @cached_property
+    def universal_bound_s(self) -> float:
+        """Seconds below which no schedule at all gets, whoever carries chunks."""
+        return universal_bound_s(self.place, self.chunks, self.chunk_bytes, self.topology)
 
     @cached_property
     def digest(self) -> str:
@@ -141,19 +139,4 @@ class Plan:
     def _per_rank(self, side: str, amounts: NDArray[np.int64]) -> NDArray[np.int64]:
         totals = np.zeros(self.place.world_size, np.int64)
         np.add.at(totals, self.transfers[side], amounts)
-        return _frozen(totals)
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """Plans are shared by all callers with equal arguments, so none may change what another sees."""
-    array.flags.writeable = False
-    return array
-
-
-def transfer_table(stage: Any, src: Any, dst: Any, chunk: Any, partial: Any) -> NDArray[Any]:
-    """Packs equally long columns (or scalars) into a read-only array of `TRANSFER`."""
-    columns = np.broadcast_arrays(stage, src, dst, chunk, partial)
-    table = np.zeros(columns[0].shape, TRANSFER)
-    for name, column in zip(TRANSFER.names or (), columns, strict=True):
-        table[name] = column
-    return _frozen(table)
+        return freeze(totals)

@@ -10,7 +10,8 @@ import numpy as np
 
 from sparsecoll.errors import InvalidArgument
 from sparsecoll.placement import Placement
-from sparsecoll.plan.algorithms import ALGORITHMS
+from sparsecoll.plan.algorithms import ALGORITHMS, Case, draft
+from sparsecoll.plan.costs import costs_of
 from sparsecoll.plan.plan import Plan
 from sparsecoll.topology import Topology
 
@@ -26,6 +27,7 @@ def plan_all_gather(
     algorithm: str = "auto",
     *,
     chunks: Iterable[int] | None = None,
+    divisible: bool = True,
 ) -> Plan:
     """Plans how every holder gets its chunks.
 
@@ -33,15 +35,16 @@ def plan_all_gather(
         place: owners and holders.
         chunk_bytes: size of every chunk, or ``[num_chunks]`` sizes.
         topology: links, for the prediction by which ``auto`` chooses.
-        algorithm: ``auto``, ``direct`` or ``dense``.
+        algorithm: ``auto``, ``direct``, ``relay``, ``hierarchical`` or ``dense``; see `sparsecoll.plan.algorithms`.
         chunks: take part; all by default.
+        divisible: whether chunks may be cut, at multiples of 64 bytes; else relays forward whole chunks.
 
     Raises:
         InvalidArgument: sizes, topology, algorithm or chunks do not fit.
     """
     _check(place, topology, algorithm)
     sizes = _sizes("chunk_bytes", chunk_bytes, place)
-    return _plan("all_gather", place, sizes, sizes, topology, algorithm, chunk_subset(place, chunks))
+    return _plan("all_gather", place, sizes, sizes, topology, algorithm, chunk_subset(place, chunks), divisible)
 
 
 def plan_reduce_scatter(
@@ -52,6 +55,7 @@ def plan_reduce_scatter(
     *,
     chunks: Iterable[int] | None = None,
     partial_bytes: Sizes | None = None,
+    divisible: bool = True,
 ) -> Plan:
     """Plans how the owner gets the sum over all holders; arguments as in `plan_all_gather`.
 
@@ -62,7 +66,8 @@ def plan_reduce_scatter(
     _check(place, topology, algorithm)
     sizes = _sizes("chunk_bytes", chunk_bytes, place)
     partial = sizes if partial_bytes is None else _sizes("partial_bytes", partial_bytes, place)
-    return _plan("reduce_scatter", place, sizes, partial, topology, algorithm, chunk_subset(place, chunks))
+    subset = chunk_subset(place, chunks)
+    return _plan("reduce_scatter", place, sizes, partial, topology, algorithm, subset, divisible)
 
 
 def chunk_subset(place: Placement, chunks: Iterable[int] | None) -> tuple[int, ...]:
@@ -89,15 +94,23 @@ def _plan(
     topology: Topology,
     algorithm: str,
     chunks: tuple[int, ...],
+    divisible: bool,
 ) -> Plan:
-    # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
-    moving = np.array([chunk for chunk in chunks if chunk_bytes[chunk]], np.int64)
-    names = list(ALGORITHMS[op]) if algorithm == "auto" else [algorithm]
-    plans = [
-        Plan(op, name, place, chunks, chunk_bytes, partial_bytes, topology, ALGORITHMS[op][name](place, moving))
-        for name in names
-    ]
-    return min(plans, key=lambda plan: plan.predicted_s)
+    sizes = np.array(chunk_bytes, np.int64)
+    subset = np.array(chunks, np.int64)
+    case = Case(
+        gathers=op == "all_gather",
+        place=place,
+        # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
+        chunks=subset[sizes[subset] > 0],
+        sizes=sizes,
+        partial_sizes=np.array(partial_bytes, np.int64),
+        node_of=topology.node_of,
+        costs=costs_of(topology),
+        divisible=divisible,
+    )
+    made = draft(case, algorithm)
+    return Plan(op, made.algorithm, place, chunks, chunk_bytes, partial_bytes, topology, made.table)
 
 
 def _check(place: Placement, topology: Topology, algorithm: str) -> None:
@@ -107,9 +120,8 @@ def _check(place: Placement, topology: Topology, algorithm: str) -> None:
         raise InvalidArgument(
             f"plan: expected a topology of {place.world_size} ranks (as the placement), got {topology.world_size}"
         )
-    if not isinstance(algorithm, str) or algorithm not in ("auto", *ALGORITHMS["all_gather"]):
-        names = " or ".join(ALGORITHMS["all_gather"])
-        raise InvalidArgument(f"plan: expected algorithm auto, {names}, got {algorithm!r}")
+    if not isinstance(algorithm, str) or algorithm not in ("auto", *ALGORITHMS):
+        raise InvalidArgument(f"plan: expected algorithm auto or {' or '.join(ALGORITHMS)}, got {algorithm!r}")
 
 
 def _sizes(name: str, sizes: Sizes, place: Placement) -> tuple[int, ...]:

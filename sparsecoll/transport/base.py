@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -140,6 +140,17 @@ class Transport(ABC):
             CollectiveTimeout: the deadline passed; names operation, peer, direction and bytes of one that is missing.
             PeerFailure: a peer is gone.
             TransportError: the back end failed otherwise.
+        """
+
+    @abstractmethod
+    def track(self, request: Any, key: Hashable, operation: Operation) -> None:
+        """Has `ended` tell when ``request`` has ended, instead of `wait`. The order of calls is that of posting."""
+
+    @abstractmethod
+    def ended(self, operation: Operation) -> list[Any]:
+        """Blocks until a tracked request has ended, and gives the keys of all that have ended since the last call.
+
+        Something must be tracked. Raises as `wait` does; nothing is tracked afterwards.
         """
 
     @abstractmethod

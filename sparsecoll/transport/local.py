@@ -12,8 +12,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -60,11 +61,18 @@ class _Signal:
 class _Request(_Signal):
     """One side of a message."""
 
-    __slots__ = ("dst", "is_send", "src", "tag", "view")
+    __slots__ = ("dst", "is_send", "listener", "src", "tag", "view")
 
     def __init__(self, src: int, dst: int, tag: int, view: View, *, is_send: bool) -> None:
         super().__init__()
         self.src, self.dst, self.tag, self.view, self.is_send = src, dst, tag, view, is_send
+        self.listener: SimpleQueue[_Request] | None = None
+
+    def finish(self, failure: _Failure | None = None) -> None:
+        super().finish(failure)
+        # Whoever sets the listener looks for the end afterwards, so one of both sees the other.
+        if self.listener is not None:
+            self.listener.put(self)
 
     def __str__(self) -> str:
         side = f"send to rank {self.dst}" if self.is_send else f"receive from rank {self.src}"
@@ -244,6 +252,8 @@ class LocalTransport(Transport):
             raise InvalidArgument(f"LocalTransport: expected a rank below {world.world_size}, got {rank}")
         super().__init__(rank, world.world_size)
         self._world = world
+        self._tracked: dict[_Request, Hashable] = {}
+        self._heard: SimpleQueue[_Request] = SimpleQueue()
 
     def _send(self, peer: int, view: View, operation: Operation) -> _Request:
         request = _Request(self.rank, peer, operation.tag, view, is_send=True)
@@ -267,6 +277,32 @@ class LocalTransport(Transport):
                 text = f"expected the {overdue[0]} to end within {operation.timeout_s} s"
                 text += f", {len(overdue)} of {len(requests)} messages are in flight"
                 raise self._error(CollectiveTimeout, operation, text)
+
+    def track(self, request: _Request, key: Hashable, operation: Operation) -> None:
+        self._tracked[request] = key
+        request.listener = self._heard
+        if request.wait(0.0):
+            self._heard.put(request)
+
+    def ended(self, operation: Operation) -> list[Any]:
+        keys: list[Any] = []
+        while not keys or not self._heard.empty():
+            try:
+                request = self._heard.get(timeout=min(operation.remaining_s, threading.TIMEOUT_MAX))
+            except Empty:
+                return keys + self._end_all([], operation)
+            if request not in self._tracked:
+                continue  # told twice, or of an operation that has failed
+            if request.failure is not None:
+                self._end_all([request], operation)
+            keys.append(self._tracked.pop(request))
+        return keys
+
+    def _end_all(self, first: list[_Request], operation: Operation) -> list[Any]:
+        """Takes back what has not ended and raises; or gives the keys, where all have ended after all."""
+        tracked, self._tracked = self._tracked, {}
+        self.wait(first + list(tracked), operation)
+        return list(tracked.values())
 
     def _take_back(self, request: _Request) -> bool:
         """Whether ``request`` was still in flight. Afterwards nobody touches its view."""

@@ -9,12 +9,13 @@ runs beside the caller's compute, the sleeps begin almost at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,7 @@ class MpiTransport(TaggedTransport):
         # MPI may write into the buffers of what was given up. An attribute of a communicator outlives this object.
         self._abandoned: list[Request] = []
         self._control.Set_attr(self._mpi.Comm.Create_keyval(), self._abandoned)
+        self._tracked: list[tuple[Request, Hashable]] = []
 
     def _duplicate(self, comm: Any, operation: Operation) -> Any:
         duplicate, request = comm.Idup()
@@ -112,31 +114,44 @@ class MpiTransport(TaggedTransport):
             raise self._describe(exc.Get_error_code(), Request(None, peer, view, is_send), operation) from exc
         return Request(handle, peer, view, is_send)
 
+    def track(self, request: Request, key: Hashable, operation: Operation) -> None:
+        self._tracked.append((request, key))
+
+    def ended(self, operation: Operation) -> list[Any]:
+        tracked, self._tracked = self._tracked, []
+        requests = [request for request, _ in tracked]
+        handles = [request.handle for request in requests]
+        statuses = [self._mpi.Status() for _ in requests]
+        found: list[int] = []
+
+        def test() -> bool:
+            found.extend(self._mpi.Request.Testsome(handles, statuses) or ())
+            return bool(found)
+
+        with self._giving_up(requests, statuses, operation):
+            self._poll(test, requests, operation)
+            for status, position in zip(statuses, found, strict=False):
+                self._check_length(requests[position], status, operation)
+        gone = set(found)
+        self._tracked = [each for position, each in enumerate(tracked) if position not in gone]
+        return [tracked[position][1] for position in found]
+
     def wait(self, requests: Sequence[Request], operation: Operation) -> None:
         handles = [request.handle for request in requests]
         statuses = [self._mpi.Status() for _ in requests]
-        test_all = self._mpi.Request.Testall
-        try:
-            # Most waits end within a few polls; clocks and yields would double what those cost.
-            if not any(test_all(handles, statuses) for _ in range(_EAGER_POLLS)):
-                self._wait_long(requests, handles, statuses, operation)
-        except self._mpi.Exception as exc:
-            self._give_up(requests)
-            raise self._diagnose(exc, requests, statuses, operation) from exc
-        except SparsecollError:
-            self._give_up(requests)
-            raise
-        for request, status in zip(requests, statuses, strict=True):
-            if not request.is_send and status.Get_count(self._mpi.BYTE) != request.view.nbytes:
-                text = f"expected the {request} to be filled, got {status.Get_count(self._mpi.BYTE)} bytes"
-                raise self._error(TransportError, operation, text)
+        with self._giving_up(requests, statuses, operation):
+            self._poll(lambda: self._mpi.Request.Testall(handles, statuses), requests, operation)
+            for request, status in zip(requests, statuses, strict=True):
+                self._check_length(request, status, operation)
 
-    def _wait_long(
-        self, requests: Sequence[Request], handles: Sequence[Any], statuses: Sequence[Any], operation: Operation
-    ) -> None:
+    def _poll(self, test: Callable[[], bool], requests: Sequence[Request], operation: Operation) -> None:
+        """Calls ``test`` until it is true."""
+        # Most waits end within a few polls; clocks and yields would double what those cost.
+        if any(test() for _ in range(_EAGER_POLLS)):
+            return
         spin_s = _SPIN_S if threading.get_ident() == self._thread else _SPIN_BESIDE_COMPUTE_S
         for waited_s in _patience(operation.deadline_s, spin_s):
-            if self._mpi.Request.Testall(handles, statuses):
+            if test():
                 return
             if waited_s > spin_s and (ending := self._listen()) is not None:
                 raise self._error(PeerFailure, operation, f"expected all ranks to go on, {ending}")
@@ -145,6 +160,23 @@ class MpiTransport(TaggedTransport):
             text = f"expected the {overdue[0]} to end within {operation.timeout_s} s"
             text += f", {len(overdue)} of {len(requests)} messages are in flight"
             raise self._error(CollectiveTimeout, operation, text)
+
+    def _check_length(self, request: Request, status: Any, operation: Operation) -> None:
+        if not request.is_send and status.Get_count(self._mpi.BYTE) != request.view.nbytes:
+            text = f"expected the {request} to be filled, got {status.Get_count(self._mpi.BYTE)} bytes"
+            raise self._error(TransportError, operation, text)
+
+    @contextlib.contextmanager
+    def _giving_up(self, requests: Sequence[Request], statuses: Sequence[Any], operation: Operation) -> Iterator[None]:
+        """Translates what MPI raises, and keeps alive what it may still write to."""
+        try:
+            yield
+        except self._mpi.Exception as exc:
+            self._give_up(requests)
+            raise self._diagnose(exc, requests, statuses, operation) from exc
+        except SparsecollError:
+            self._give_up(requests)
+            raise
 
     def _listen(self) -> str | None:
         """What another rank's notice of an abort says."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from datetime import timedelta
+from itertools import count
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +31,7 @@ __all__ = ["TorchTransport", "init_process_group", "own_group"]
 # Tags of our own, so that a group of the user may carry messages of the user as well.
 _FIRST_TAG = 0x5C00000
 _CLOSED = re.compile(r"closed by peer|reset by peer|broken pipe|pair closure|socket closed", re.IGNORECASE)
+_WAITER_GRACE_S = 5.0
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
@@ -57,6 +61,11 @@ class TorchTransport(TaggedTransport):
         self._group: ProcessGroup | None = process_group
         self._owned = owned
         self._owns_default = owns_default
+        # A waiter for each peer and direction that has been tracked, what they have heard, and what they wait for.
+        self._waiters: dict[tuple[int, bool], _Waiter] = {}
+        self._heard: SimpleQueue[tuple[int, RuntimeError | None]] = SimpleQueue()
+        self._tracked: dict[int, tuple[Request, Hashable]] = {}
+        self._tickets = count()
         # Gloo sends nothing that is not awaited, so the notice of an abort is awaited from the start.
         self._notices = [new_notice() for _ in self._peers]
         start = Operation("TorchTransport", 0, 0.0)
@@ -82,10 +91,40 @@ class TorchTransport(TaggedTransport):
     def wait(self, requests: Sequence[Request], operation: Operation) -> None:
         for request in requests:
             try:
-                # Gloo takes zero for its own default of minutes.
-                request.handle.wait(timedelta(seconds=max(0.001, operation.remaining_s)))
+                request.handle.wait(_patience(operation))
             except RuntimeError as exc:
                 raise self._translate(exc, request, operation) from exc
+
+    def track(self, request: Request, key: Hashable, operation: Operation) -> None:
+        waiter = self._waiters.get((request.peer, request.is_send))
+        if waiter is None:
+            waiter = _Waiter(
+                self._heard, f"sparsecoll-{self.rank}-{'to' if request.is_send else 'from'}-{request.peer}"
+            )
+            self._waiters[request.peer, request.is_send] = waiter
+        ticket = next(self._tickets)
+        self._tracked[ticket] = request, key
+        waiter.queue.put((ticket, request, operation))
+
+    def ended(self, operation: Operation) -> list[Any]:
+        keys: list[Any] = []
+        while not keys or not self._heard.empty():
+            try:
+                # Waiters give up by themselves; see [Note: failures of Gloo].
+                ticket, failure = self._heard.get(timeout=operation.remaining_s + _WAITER_GRACE_S)
+            except Empty:
+                request, _ = next(iter(self._tracked.values()))
+                self._tracked.clear()
+                text = f"expected the {request} to end within {operation.timeout_s} s"
+                raise self._error(CollectiveTimeout, operation, text) from None
+            if ticket not in self._tracked:
+                continue  # of an operation that has failed
+            request, key = self._tracked.pop(ticket)
+            if failure is not None:
+                self._tracked.clear()
+                raise self._translate(failure, request, operation) from failure
+            keys.append(key)
+        return keys
 
     def _translate(self, exc: RuntimeError, request: Request, operation: Operation) -> SparsecollError:
         for peer, notice in zip(self._peers, self._notices, strict=True):
@@ -117,11 +156,42 @@ class TorchTransport(TaggedTransport):
         if self._group is None:
             return
         self._ending = self._ending or f"rank {self.rank} has closed it"
+        for waiter in self._waiters.values():
+            waiter.queue.put(None)
+        self._waiters.clear()
         if self._owned and self._dist.is_initialized():
             self._dist.destroy_process_group(None if self._owns_default else self._group)
         # Connections close when nobody refers to the group any more.
         self._group = None
         self._listening.clear()
+
+
+class _Waiter:
+    """A thread that waits for requests one after the other, as Gloo tells of an end in no other way.
+
+    Requests of one peer and direction end in the order in which they were posted, so none is told late.
+    """
+
+    def __init__(self, heard: SimpleQueue[tuple[int, RuntimeError | None]], name: str) -> None:
+        self.queue: SimpleQueue[tuple[int, Request, Operation] | None] = SimpleQueue()
+        self._heard = heard
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
+
+    def _serve(self) -> None:
+        while (job := self.queue.get()) is not None:
+            ticket, request, operation = job
+            failure = None
+            try:
+                request.handle.wait(_patience(operation))
+            except RuntimeError as exc:
+                failure = exc
+            self._heard.put((ticket, failure))
+            del job, request  # or it would keep the buffers alive until the next one comes
+
+
+def _patience(operation: Operation) -> timedelta:
+    # Gloo takes zero for its own default of minutes.
+    return timedelta(seconds=max(0.001, operation.remaining_s))
 
 
 def _writable_alias(view: View) -> View:
