@@ -14,7 +14,7 @@ from bench.cluster.placements import Scene
 __all__ = ["ALGORITHMS", "OURS", "Contestant", "Ours"]
 
 OURS = "auto"
-ALGORITHMS = (OURS, "direct", "dense")
+ALGORITHMS = (OURS, "direct", "relay", "hierarchical", "dense")
 
 
 class Contestant(ABC):
