@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sparsecoll as sc
 from bench.bound.delivery import delivers
@@ -63,35 +64,61 @@ class Outcome:
         return self.predicted_s / self.universal_s
 
 
+class _Reference(NamedTuple):
+    """What a case should reach, without latency; the same for both collectives.
+
+    Attributes:
+        seconds: the optimum among holders where it is known, the bound elsewhere.
+        is_optimum: which of both it is.
+        bound_s, universal_s: as plans have them.
+    """
+
+    seconds: float
+    is_optimum: bool
+    bound_s: float
+    universal_s: float
+
+
 def flat_outcomes(seed: int, num_cases: int) -> Iterator[Outcome]:
+    """Two for each case and model of links: the all-gather's and the reduce-scatter's."""
     for name, link in FLAT_LINKS.items():
-        for pattern in range(len(PATTERNS)):
-            for number in range(pattern, num_cases, len(PATTERNS)):
-                case = flat_case(seed, number)
-                for op in PLANNERS:
-                    yield _flat_outcome(op, name, number, case, case.flat(link))
-
-
-def _flat_outcome(op: str, links: str, number: int, case: Case, topology: sc.Topology) -> Outcome:
-    relayed = PLANNERS[op](case.place, case.chunk_bytes, topology, "relay")
-    bandwidth = topology.scale_up_of(0).bandwidth_bytes_per_s
-    account_s = max(relayed.sent_bytes.max(), relayed.received_bytes.max()) / bandwidth
-    optimum = _still(op, case, topology).bound_s
-    return _outcome(op, links, number, case, topology, optimum, True, account_s / optimum, delivers(relayed))
+        for number in _by_pattern(num_cases):
+            case = flat_case(seed, number)
+            topology = case.flat(link)
+            bound_s, universal_s = _bounds(case, topology)
+            reference = _Reference(bound_s, True, bound_s, universal_s)
+            for op in PLANNERS:
+                relayed = PLANNERS[op](case.place, case.chunk_bytes, topology, "relay")
+                busiest_bytes = max(relayed.sent_bytes.max(), relayed.received_bytes.max())
+                division = busiest_bytes / link.bandwidth_bytes_per_s / bound_s
+                yield _outcome(op, name, number, case, topology, reference, division, delivers(relayed))
 
 
 def two_level_outcomes(seed: int, num_cases: int) -> Iterator[Outcome]:
+    """The same for cases on nodes."""
     for name, links in TWO_LEVEL_LINKS.items():
-        for pattern in range(len(PATTERNS)):
-            for number in range(pattern, num_cases, len(PATTERNS)):
-                case = two_level_case(seed, number)
-                topology = case.on_nodes(links)
-                optimum = None
-                if num_variables(case.place, case.chunk_bytes) <= _MOST_VARIABLES:
-                    optimum = optimum_s(case.place, case.chunk_bytes, topology, time_limit_s=_TIME_LIMIT_S)
-                for op in PLANNERS:
-                    reference = optimum or _still(op, case, topology).bound_s
-                    yield _outcome(op, name, number, case, topology, reference, optimum is not None, None, True)
+        for number in _by_pattern(num_cases):
+            case = two_level_case(seed, number)
+            topology = case.on_nodes(links)
+            bound_s, universal_s = _bounds(case, topology)
+            optimum = None
+            if num_variables(case.place, case.chunk_bytes) <= _MOST_VARIABLES:
+                optimum = optimum_s(case.place, case.chunk_bytes, topology, time_limit_s=_TIME_LIMIT_S)
+            reference = _Reference(optimum or bound_s, optimum is not None, bound_s, universal_s)
+            for op in PLANNERS:
+                yield _outcome(op, name, number, case, topology, reference, None, True)
+
+
+def _by_pattern(num_cases: int) -> Iterator[int]:
+    """Numbers of all cases, those of a pattern together."""
+    for pattern in range(len(PATTERNS)):
+        yield from range(pattern, num_cases, len(PATTERNS))
+
+
+def _bounds(case: Case, topology: sc.Topology) -> tuple[float, float]:
+    """Both bounds, without latency; of a plan that is quick to make."""
+    plan = sc.plan_all_gather(case.place, case.chunk_bytes, without_latency(topology), "direct")
+    return plan.bound_s, plan.universal_bound_s
 
 
 def _outcome(
@@ -100,14 +127,14 @@ def _outcome(
     number: int,
     case: Case,
     topology: sc.Topology,
-    reference_s: float,
-    is_optimum: bool,
+    reference: _Reference,
     division: float | None,
-    right: bool,
+    relay_delivers: bool,
 ) -> Outcome:
     plan = PLANNERS[op](case.place, case.chunk_bytes, topology)
-    still = _still(op, case, topology)
     bounded = plan.predicted_s >= plan.bound_s * _SAME and plan.bound_s >= plan.universal_bound_s * _SAME
+    # The bound and the programme come from floats by different ways.
+    below_optimum = reference.bound_s <= reference.seconds * (1 + 1e-6)
     return Outcome(
         op=op,
         links=links,
@@ -120,16 +147,10 @@ def _outcome(
         num_transfers=len(plan.transfers),
         algorithm=plan.algorithm,
         predicted_s=plan.predicted_s,
-        reference_s=reference_s,
-        is_optimum=is_optimum,
-        bound_over_reference=still.bound_s / reference_s,
-        universal_s=still.universal_bound_s,
+        reference_s=reference.seconds,
+        is_optimum=reference.is_optimum,
+        bound_over_reference=reference.bound_s / reference.seconds,
+        universal_s=reference.universal_s,
         division=division,
-        # The bound and the programme come from floats by different ways.
-        right=right and bounded and still.bound_s <= reference_s * (1 + 1e-6) and delivers(plan),
+        right=relay_delivers and bounded and below_optimum and delivers(plan),
     )
-
-
-def _still(op: str, case: Case, topology: sc.Topology) -> sc.Plan:
-    """A plan that was quick to make, for its bounds without latency."""
-    return PLANNERS[op](case.place, case.chunk_bytes, without_latency(topology), "direct")
