@@ -258,7 +258,8 @@ class Group:
             if start[1:3] != starts[0][1:3]:
                 digests = [each.digest.hex() if each.given else "none" for each in (starts[0], start)]
                 raise self._unequal("equal topologies (by digest) on all ranks", digests[0], rank, digests[1])
-        return given or Topology.from_seats([start.seat for start in starts])
+        # All back ends so far move CPU memory.
+        return given or Topology.from_seats([start.seat for start in starts], shared_memory=True)
 
     def _unequal(self, rule: str, first: object, rank: int, other: object) -> CollectiveMismatch:
         return CollectiveMismatch(

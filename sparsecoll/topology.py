@@ -65,12 +65,15 @@ class Topology:
         scale_out: a rank's link to ranks of other nodes (its rail); one for all ranks, or ``[world_size]``.
         node_link: what all ranks of a node share towards other nodes; one for all nodes, or ``[num_nodes]``. None where
             nothing is shared.
+        shared_memory: whether ranks of a node reach each other through memory that all of them use up together, so that
+            relaying inside a node spares nobody anything. ``auto`` plans then leave it.
     """
 
     node_of: tuple[int, ...]
     scale_up: Link | tuple[Link, ...] = Link(bandwidth_bytes_per_s=8e9, latency_s=2e-6)
     scale_out: Link | tuple[Link, ...] = Link(bandwidth_bytes_per_s=1.25e9, latency_s=2e-5)
     node_link: Link | tuple[Link, ...] | None = None
+    shared_memory: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -107,7 +110,7 @@ class Topology:
         return cls(tuple(numbers[host] for host in hosts))
 
     @classmethod
-    def from_seats(cls, seats: Sequence[Seat]) -> Topology:
+    def from_seats(cls, seats: Sequence[Seat], *, shared_memory: bool = False) -> Topology:
         """Nodes as the launcher tells them where it does so for all ranks, otherwise one node per host name.
 
         Ranks share a node when host and the launcher's node are equal. Some launchers number only the ranks of a node:
@@ -119,7 +122,7 @@ class Topology:
         names = [(seat.host, seat.node if named else None) for seat in seats]
         keys: Sequence[Any] = _split_by_local_rank(seats, names) or names
         numbers = {key: node for node, key in enumerate(dict.fromkeys(keys))}
-        return cls(tuple(numbers[key] for key in keys))
+        return cls(tuple(numbers[key] for key in keys), shared_memory=shared_memory)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Topology:
@@ -139,14 +142,17 @@ class Topology:
     def _from_record(cls, record: Any) -> Topology:
         if not isinstance(record, dict) or record.get("sparsecoll_topology") != _VERSION:
             raise InvalidArgument(f"expected an object with sparsecoll_topology: {_VERSION}")
-        unknown = record.keys() - {"sparsecoll_topology", "node_of", *_LINKS}
+        unknown = record.keys() - {"sparsecoll_topology", "node_of", "shared_memory", *_LINKS}
         if unknown or "node_of" not in record:
             raise InvalidArgument(f"expected node_of and {', '.join(_LINKS)}, got {', '.join(map(str, record))}")
         nodes = record["node_of"]
         if not isinstance(nodes, list) or not all(type(node) is int for node in nodes):
             raise InvalidArgument(f"expected node_of to be a list of node numbers, got {nodes!r}")
+        shared_memory = record.get("shared_memory", False)
+        if type(shared_memory) is not bool:
+            raise InvalidArgument(f"expected shared_memory to be true or false, got {shared_memory!r}")
         links = {name: _read_links(record[name]) for name in _LINKS if name in record}
-        return cls(tuple(nodes), **links)  # type: ignore[arg-type]
+        return cls(tuple(nodes), shared_memory=shared_memory, **links)  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file that people can read and `load` takes; replaces an old one in one step.
@@ -170,6 +176,7 @@ class Topology:
         """The file: one line for each field, and for each link of many."""
         fields = {"sparsecoll_topology": json.dumps(_VERSION), "node_of": json.dumps(self.node_of)}
         fields |= {name: _links_text(getattr(self, name)) for name in _LINKS}
+        fields["shared_memory"] = json.dumps(self.shared_memory)
         return "{\n" + ",\n".join(f'  "{name}": {text}' for name, text in fields.items()) + "\n}\n"
 
     @cached_property
@@ -189,6 +196,8 @@ class Topology:
         rows = [("link", "bandwidth", "latency", "of"), *self._link_rows(sizes)]
         if len(rows) > 1:
             lines += [f"{kind:<10} {bandwidth:>10} {latency:>10}  {of}" for kind, bandwidth, latency, of in rows]
+        if self.shared_memory and max(sizes.values()) > 1:
+            lines.append("ranks of a node share its memory")
         return "\n".join(lines)
 
     def _ranks_of(self, node: int) -> list[int]:
@@ -219,7 +228,7 @@ class Topology:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.node_of, self.scale_up, self.scale_out, self.node_link))
+        return hash((self.node_of, self.scale_up, self.scale_out, self.node_link, self.shared_memory))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without what is cached: another process may hash differently.

@@ -31,6 +31,7 @@ class Case(NamedTuple):
         chunks: those that move: they take part and have bytes.
         sizes, partial_sizes: bytes in the input's dtype, and of a partial sum.
         divisible: whether chunks may be cut.
+        shared_memory: whether relays inside a node spare nobody anything.
     """
 
     gathers: bool
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     node_of: tuple[int, ...]
     costs: Costs
     divisible: bool
+    shared_memory: bool
 
 
 class Draft(NamedTuple):
@@ -66,7 +68,8 @@ def draft(case: Case, algorithm: str) -> Draft:
     num_nodes = len(case.costs.node)
     has_levels = 1 < num_nodes < case.place.world_size
     drafts = [_direct(case)]
-    if (case.place.holders[case.chunks].sum(axis=1) > 2).any():  # else there is nothing to forward
+    has_forwards = (case.place.holders[case.chunks].sum(axis=1) > 2).any()
+    if has_forwards and not (num_nodes == 1 and case.shared_memory):
         drafts.append(_trees(case, "hierarchical" if has_levels else "relay"))
     drafts.append(_dense(case))
     return min(drafts, key=lambda each: each.expected)

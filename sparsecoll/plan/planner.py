@@ -108,6 +108,7 @@ def _plan(
         node_of=topology.node_of,
         costs=costs_of(topology),
         divisible=divisible,
+        shared_memory=topology.shared_memory,
     )
     made = draft(case, algorithm)
     return Plan(op, made.algorithm, place, chunks, chunk_bytes, partial_bytes, topology, made.table)

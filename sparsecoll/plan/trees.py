@@ -187,7 +187,12 @@ class _Between:
         return _joined(parts)
 
     def _divide(
-        self, work: Sequence[int], base: Sequence[int], allowed: list[Sequence[int]], home: Sequence[int], floor: int
+        self,
+        work: Sequence[int],
+        base: Sequence[int],
+        allowed: Sequence[Sequence[int]],
+        home: Sequence[int],
+        floor: int,
     ) -> Division:
         costs = self._schedule.costs
         return divide(work, base, allowed, costs.out, floor, home, self._schedule.node_of, costs.node)
@@ -396,7 +401,7 @@ class _Forest:
         """The most messages that a rank sends, and the ticks that the busiest link needs."""
         schedule, node_of, costs = self._schedule, self._schedule.node_of, self._schedule.costs
         messages = [0] * len(node_of)
-        up, out, node = ([[0] * len(each), [0] * len(each)] for each in (costs.up, costs.out, costs.node))
+        up, out, node = [[[0] * len(each), [0] * len(each)] for each in (costs.up, costs.out, costs.node)]
         for cell in self._cells:
             forwards = cell.forwards if self._mirrored else frozenset()
             whole = cell.end - cell.begin
@@ -411,9 +416,9 @@ class _Forest:
                         out[side][rank] += num_bytes
                         node[side][node_of[rank]] += num_bytes
         times = [0]
-        for loads, ticks in ((up, costs.up), (out, costs.out), (node, costs.node)):
-            for side in loads:
-                times += [amount * each for amount, each in zip(side, ticks, strict=True)]
+        for links, ticks in ((up, costs.up), (out, costs.out), (node, costs.node)):
+            for loads in links:
+                times += [load * cost for load, cost in zip(loads, ticks, strict=True)]
         return max(messages), max(times)
 
     def table(self) -> Table:
@@ -445,7 +450,9 @@ class _Forest:
                     last = max(last, stage + span)
                     row = (-(stage + span), span, dst, src) if self._mirrored else (stage, span, src, dst)
                     rows.append((*row, chunk, pieces, cell.begin, cell.end, dst in forwards))
-        table = np.array(rows, TRANSFER)
+        table = np.zeros(len(rows), TRANSFER)  # padding too, as digests see it
+        for name, column in zip(TRANSFER.names or (), zip(*rows, strict=True), strict=bool(rows)):
+            table[name] = column
         if self._mirrored:  # the same schedule with time and arrows turned round
             table["stage"] += last
         return freeze(table)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from sparsecoll.collectives.agreement import agree, agreed_error, digest_of
@@ -71,7 +72,7 @@ def _probe(group: Group, operation: Operation, duration_s: float) -> Topology:
     meter = Meter(group.transport, operation, duration_s / (len(inside) + len(between) + len(together)))
     up, out = meter.pairs(inside), meter.pairs(between)
     shared = meter.nodes(together, node_of, rank_links(len(node_of), out)) if together else []
-    topology = combine(node_of, up, out, shared)
+    topology = replace(combine(node_of, up, out, shared), shared_memory=group.topology.shared_memory)
     _check_equal(group, operation, topology)
     return topology
 
