@@ -140,7 +140,7 @@ class _Pipeline:
         self._heads: list[int] = []  # next to some rank and at hand
         for queue in self._queues.values():
             self._offer(queue)
-        self._sending = 0
+        self._sending: set[int] = set()
         self._ports = [_Port([n for n, move in enumerate(mine.receives) if move.port == port]) for port in (0, 1)]
         self._parts: dict[tuple[bool, int], int] = {}  # (is_send, number) → messages in flight
 
@@ -154,13 +154,13 @@ class _Pipeline:
             while (number := port.next(self._mine.receives)) is not None:
                 move = self._mine.receives[number]
                 self._start(False, number, move, self._payload.landing(number, move))
-        while self._heads and self._sending < _SENDS_IN_FLIGHT:
+        while self._heads and self._may_send(self._heads[0]):
             number = heappop(self._heads)
             move = self._mine.sends[number]
             queue = self._queues[move.peer]
             queue.pop()
             self._offer(queue)
-            self._sending += 1
+            self._sending.add(number)
             self._start(True, number, move, self._payload.outgoing(move))
 
     def advance(self) -> None:
@@ -173,7 +173,7 @@ class _Pipeline:
             del self._parts[key]
             is_send, number = key
             if is_send:
-                self._sending -= 1
+                self._sending.remove(number)
                 continue
             arrived.append(number)
             move = self._mine.receives[number]
@@ -186,6 +186,14 @@ class _Pipeline:
         self.post()
         for number in arrived:
             self._payload.arrived(number)
+
+    def _may_send(self, number: int) -> bool:
+        """Whether there is room for one more in flight; there always is for one that comes before all of those.
+
+        What is in flight may be ahead of its time, so that its receivers let it in only when what they lack has come.
+        If that had to wait for room here, ranks would wait for each other in a circle.
+        """
+        return len(self._sending) < _SENDS_IN_FLIGHT or number < min(self._sending)
 
     def _offer(self, queue: list[int]) -> None:
         if queue and not self._missing[queue[-1]]:
