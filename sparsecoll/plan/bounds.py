@@ -205,16 +205,14 @@ def _ingress(demand: _Demand, ports: _Ports, relayed: bool) -> float:
     """Time of the receiver with most to take in.
 
     Args:
-        relayed: whether outsiders may relay. If not, what no other holder in the node has comes by scale-out, and what
-            nobody outside holds by scale-up.
+        relayed: whether outsiders may relay. If not, what nobody in another node holds comes by scale-up.
     """
-    receivers = demand.receivers
-    longest = _longest(demand.sizes @ receivers, ports.up + ports.out)
+    received = demand.sizes @ demand.receivers
+    longest = _longest(received, ports.up + ports.out)
     if relayed:
         return longest
-    alone = receivers & (demand.present[:, demand.node_of] == 1)
-    inside = receivers & (demand.num_holder_nodes == 1)[:, None]
-    return max(longest, _longest(demand.sizes @ alone, ports.out), _longest(demand.sizes @ inside, ports.up))
+    inside = demand.sizes * (demand.num_holder_nodes == 1)
+    return max(longest, _longest(inside @ demand.receivers, ports.up))
 
 
 def _divisions(demand: _Demand, topology: Topology) -> Iterator[list[_Item]]:
@@ -279,9 +277,9 @@ def _arrivals(demand: _Demand, crossing: NDArray[np.int64]) -> Iterator[_Item]:
             inside = holders[nodes == node]
             if node != demand.node_of[owner]:
                 yield _Item(num_bytes, _distinct(crossing[inside]))
-            again = inside[inside != owner] if demand.num_holder_nodes[kind] > 1 else inside[:0]
             if len(inside) > 1:
-                yield _Item(num_bytes * (len(inside) - 1), (*inside, *_distinct(crossing[again])))
+                entries = crossing[inside] if demand.num_holder_nodes[kind] > 1 else crossing[:0]
+                yield _Item(num_bytes * (len(inside) - 1), (*inside, *_distinct(entries)))
 
 
 def _distinct(bins: NDArray[np.int64]) -> tuple[int, ...]:

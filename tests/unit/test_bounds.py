@@ -174,6 +174,31 @@ def test_a_sole_holder_of_a_node_has_only_its_own_rail() -> None:
     assert case.optimum_s(outsiders=True) == pytest.approx(0.5)
 
 
+def test_two_hops_between_nodes_and_within_one() -> None:
+    """The example with 4/3 again: with nodes in the place of ranks, and on one node while another has nothing to do."""
+    place = Placement.of_owners([0, 2, 4], 10).replicate({0: range(6), 1: [2, 3, 6, 7], 2: [4, 5, 8, 9]})
+    fast, slow = Link(100e6, 0.0), Link(1e6, 0.0)
+    between = Case(place, [MEGA] * 3, Topology((0, 0, 1, 1, 2, 2, 3, 3, 4, 4), fast, slow, slow))
+    assert between.holders_s == pytest.approx(4 / 3)
+    place = Placement.of_owners([0, 1, 2], 6).replicate({0: [1, 2], 1: [3], 2: [4]})
+    within = Case(place, [MEGA] * 3, Topology((0, 0, 0, 0, 0, 1), slow, slow))
+    assert within.holders_s == pytest.approx(4 / 3)
+
+
+def test_what_comes_from_the_own_node_alone_comes_by_scale_up() -> None:
+    place = Placement.of_owners([1, 2, 3], 5).replicate({0: [0], 1: [0], 2: [0]})
+    case = Case(place, [MEGA] * 3, Topology((0, 0, 0, 0, 1), Link(1e6, 0.0), Link(1e6, 0.0)))
+    assert case.holders_s == pytest.approx(case.optimum_s()) == pytest.approx(3.0)
+    assert case.universal_s == pytest.approx(1.5), "half could come by scale-out, through the rank outside"
+
+
+def test_a_node_takes_in_what_its_ranks_lack() -> None:
+    place = Placement.of_owners([2, 4], 6).replicate({0: [0], 1: [1]})
+    links = Link(10e6, 0.0), Link(10e6, 0.0), Link(1e6, 0.0)
+    case = Case(place, [MEGA, 2 * MEGA], Topology((0, 0, 1, 1, 2, 2), *links))
+    assert case.holders_s == case.universal_s == pytest.approx(3.0)
+
+
 def test_links_of_very_different_speed() -> None:
     place = Placement.of_owners([0, 1], 4).replicate({0: [1, 2, 3], 1: [0, 2]})
     links = (Link(200e9, 0.0), Link(50e6, 0.0), Link(25e9, 0.0), Link(50e6, 0.0))
