@@ -10,6 +10,7 @@ import queue
 import socket
 import struct
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ __all__ = ["Group", "default_group", "init_group", "resolve_group", "run_local"]
 T = TypeVar("T")
 
 _log = logging.getLogger("sparsecoll")
+_MOST_REMEMBERED = 256
 _NO_TOPOLOGY, _TOPOLOGY, _UNSOUND_TOPOLOGY = range(3)
 
 
@@ -103,6 +105,7 @@ class Group:
         self._in_flight = 0
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
+        self._remembered: OrderedDict[Any, Any] = OrderedDict()
         self._broken: str | None = None
         self._closed = False
         # Records of all operations have one length, so that ranks in different operations still understand each other.
@@ -130,6 +133,21 @@ class Group:
     def reserve_record(self, num_bytes: int) -> None:
         """Makes room for records of ``num_bytes``; collective, with an equal argument on all ranks."""
         self._record_bytes = max(self._record_bytes, num_bytes)
+
+    def remember(self, key: Any, value: Any) -> None:
+        """Keeps what an operation has found out together with the other ranks, for later ones.
+
+        All ranks remember and recall equal keys in the same order, so that all of them know the same.
+        """
+        self._remembered[key] = value
+        if len(self._remembered) > _MOST_REMEMBERED:
+            self._remembered.popitem(last=False)
+
+    def recall(self, key: Any) -> Any:
+        """What was remembered under ``key``, or None."""
+        if key in self._remembered:
+            self._remembered.move_to_end(key)
+        return self._remembered.get(key)
 
     def operation(self, name: str, timeout_s: float | None = None) -> Operation:
         """Numbers the next operation; called in the same order on all ranks.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,11 +20,11 @@ from sparsecoll.collectives.rows import (
     itemsize_of,
     layout_of,
     read_rows,
-    row_shapes,
     segment_bytes,
 )
+from sparsecoll.collectives.shapes import describe_rows, exchange_rows
 from sparsecoll.collectives.sides import Side, sides
-from sparsecoll.errors import CollectiveMismatch, InvalidArgument, SparsecollError
+from sparsecoll.errors import InvalidArgument, SparsecollError
 from sparsecoll.executor import all_gather_steps, reduce_scatter_steps
 from sparsecoll.group import Group
 from sparsecoll.native import REDUCIBLE, accumulation_itemsize
@@ -80,14 +78,21 @@ class Call:
             prepared = self._prepare(group, value, out)
         except (SparsecollError, TypeError, ValueError) as error:
             problem = _as_invalid(self.name, error, group)
+        rows = b""
+        if prepared is not None and prepared.layout.form == "list":
+            rows = describe_rows(prepared.layout, prepared.source, prepared.destination, value)
+        told = [digest_of(rows)]
         if group.world_size > 1 and group.checked and not self.trusted:
             digest = b"" if prepared is None else prepared.digest
-            agree(group, operation, digest, lambda: prepared.description if prepared else {}, problem=problem)
+            describe = lambda: prepared.description if prepared else {}  # noqa: E731
+            told = agree(group, operation, digest, describe, problem=problem, payload=told[0] if rows else b"")
+        elif rows:
+            told = group.transport.exchange(told[0], operation)
         if problem is not None:
             raise agreed_error(problem) if group.world_size == 1 else problem
         assert prepared is not None
-        if prepared.layout.form == "list":
-            prepared = self._with_shapes(group, operation, prepared, value, out)
+        if rows:
+            prepared = self._with_shapes(group, operation, prepared, value, rows, told)
         return (yield from self._move(group, operation, prepared, out))
 
     def _prepare(self, group: Group, value: Any, out: Any) -> _Prepared:
@@ -122,64 +127,32 @@ class Call:
         return _Prepared(self, layout, subset, wanted, source, destination, schedule)
 
     def _with_shapes(
-        self, group: Group, operation: Operation, prepared: _Prepared, value: list[Any], out: list[Any] | None
+        self, group: Group, operation: Operation, prepared: _Prepared, value: list[Any], rows: bytes, told: list[bytes]
     ) -> _Prepared:
-        """Ranks tell each other the shapes of a list's rows, which a receiver cannot know."""
-        shapes = row_shapes(value)
-        text = json.dumps(
-            {
-                "dtypes": prepared.layout.dtypes,
-                "in_tuples": prepared.layout.in_tuples if value else None,
-                "framework": prepared.layout.framework,
-                "shapes": {
-                    chunk: shapes[row]
-                    for chunk, row in zip(prepared.source.segments, prepared.source.rows, strict=True)
-                },
-            }
-        ).encode()
-        length = struct.Struct("<I")
-        lengths = [length.unpack(each)[0] for each in group.transport.exchange(length.pack(len(text)), operation)]
-        texts = group.transport.exchange(text.ljust(max(lengths), b"\0"), operation)
-        merged: dict[int, list[Shape]] = {}
-        layout = prepared.layout
-        reported = [(rank, json.loads(each[: lengths[rank]])) for rank, each in enumerate(texts)]
-        speakers = [(rank, each) for rank, each in reported if each["in_tuples"] is not None]
-        if not speakers:
-            nothing = _schedule(self, prepared.subset, ((),) * len(prepared.subset), layout, group.topology)
-            return prepared._replace(schedule=nothing)
-        first_rank, first = speakers[0]
-        # A rank with an empty list has no framework of its own to give results in.
-        framework = layout.framework if value else first["framework"]
-        layout = Layout("list", framework, tuple(first["dtypes"]), None, first["in_tuples"])
-        for rank, each in speakers:
-            for key in ("dtypes", "in_tuples"):
-                if each[key] != first[key]:
-                    raise agreed_error(
-                        CollectiveMismatch(
-                            f"{operation}: expected rows with equal {key} on all ranks, got {first[key]} on rank "
-                            f"{first_rank} and {each[key]} on rank {rank} {group.place_of_error}"
-                        )
-                    )
-            for chunk, found in each["shapes"].items():
-                row = [tuple(shape) for shape in found]
-                if merged.setdefault(int(chunk), row) != row:
-                    raise agreed_error(
-                        CollectiveMismatch(
-                            f"{operation}: expected one shape of chunk {chunk} on all ranks, got {merged[int(chunk)]} "
-                            f"and {row} on rank {rank} {group.place_of_error}"
-                        )
-                    )
-        prepared = prepared._replace(layout=layout, shapes=merged)
+        """Ranks tell each other the shapes of a list's rows, which a receiver cannot know.
+
+        Args:
+            rows: what this rank has to tell.
+            told: digests of what all ranks have to tell; what has been told once need not be again.
+        """
+        key = (prepared.digest, *told)
+        known = group.recall(key)
+        found = known or exchange_rows(group, operation, rows)
+        if not value:  # an empty list has no framework of its own to give results in
+            prepared = prepared._replace(layout=prepared.layout._replace(framework=found.framework))
+        layout = prepared.layout._replace(dtypes=found.dtypes, in_tuples=found.in_tuples)
+        prepared = prepared._replace(layout=layout, shapes=found.shapes)
         problem: Exception | None = None
         try:
-            sizes = tuple(segment_bytes(merged[chunk], layout.itemsizes) for chunk in prepared.subset)
-            schedule = _schedule(self, prepared.subset, sizes, layout, group.topology)
-            prepared = prepared._replace(schedule=schedule)
+            sizes = tuple(segment_bytes(found.shapes.get(chunk, ()), layout.itemsizes) for chunk in prepared.subset)
+            prepared = prepared._replace(schedule=_schedule(self, prepared.subset, sizes, layout, group.topology))
             _check_out_sizes(prepared)
         except SparsecollError as error:
             problem = _as_invalid(self.name, error, group)
-        # ``out`` is each rank's own, so whether it fits is known only now and must be agreed on.
-        agree(group, operation, digest_of("shapes"), dict, problem=problem)
+        if known is None:
+            # ``out`` is each rank's own, so whether it fits is known only now and must be agreed on.
+            agree(group, operation, digest_of("shapes"), dict, problem=problem)
+            group.remember(key, found)
         return prepared
 
     def _move(self, group: Group, operation: Operation, prepared: _Prepared, out: Any) -> CallSteps:

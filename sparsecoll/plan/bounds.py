@@ -278,8 +278,7 @@ def _arrivals(demand: _Demand, crossing: NDArray[np.int64]) -> Iterator[_Item]:
             if node != demand.node_of[owner]:
                 yield _Item(num_bytes, _distinct(crossing[inside]))
             if len(inside) > 1:
-                entries = crossing[inside] if demand.num_holder_nodes[kind] > 1 else crossing[:0]
-                yield _Item(num_bytes * (len(inside) - 1), (*inside, *_distinct(entries)))
+                yield _Item(num_bytes * (len(inside) - 1), (*inside, *_distinct(crossing[inside])))
 
 
 def _distinct(bins: NDArray[np.int64]) -> tuple[int, ...]:
