@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
-from sparsecoll.plan.division import divide
+from sparsecoll.plan.division import Division, divide
 from sparsecoll.topology import Link, Topology
 
 __all__ = ["holders_bound_s", "universal_bound_s"]
@@ -304,44 +304,48 @@ def _divided(items: Sequence[_Item], rates: Floats, floor: float) -> float:
     position = {each: place for place, each in enumerate(used.tolist())}
     allowed = [sorted(position[each] for each in item.bins) for item in items]
     rates = rates[used]
-    fastest = min(rates.max(), rates.min() * _COST_RANGE)
-    unit = 1 if fastest == rates.min() else _COST_UNIT
-    cost = [round(unit * fastest / min(rate, fastest)) for rate in rates.tolist()]
+    cost, ticks_per_s = _costs(rates)
     amounts = [int(item.num_bytes) for item in items]
     shift = max(0, _LEAST_TOTAL.bit_length() - sum(amounts).bit_length())
-    ticks_per_s = fastest * unit * (1 << shift)
+    work = [amount << shift for amount in amounts]
+    ticks_per_s *= 1 << shift
     while True:
         aim = int(floor * ticks_per_s * _SAME)
-        work = [amount << shift for amount in amounts]
         division = divide(work, [0] * len(cost), allowed, cost, aim, home=[-1] * len(work))
         if division.level <= aim:
             return floor
-        room = [division.level] * len(cost)
-        for shares in division.shares:
-            for each, share in shares:
-                room[each] -= share * cost[each]
-        found = max(floor, _bottleneck(amounts, allowed, division.shares, rates, room))
+        found = max(floor, _bottleneck(amounts, allowed, division, rates, cost))
         if found <= floor * _SAME or division.level <= found * ticks_per_s * _SAME:
             return found
         floor = found
 
 
+def _costs(rates: Floats) -> tuple[list[int], float]:
+    """Ticks that a byte takes every bin, and how many ticks a second has."""
+    fastest = min(rates.max(), rates.min() * _COST_RANGE)
+    unit = 1 if fastest == rates.min() else _COST_UNIT
+    return [round(unit * fastest / min(rate, fastest)) for rate in rates.tolist()], fastest * unit
+
+
 def _bottleneck(
     amounts: Sequence[int],
     allowed: Sequence[Sequence[int]],
-    shares: Sequence[Sequence[tuple[int, int]]],
+    division: Division,
     rates: Floats,
-    room: Sequence[int],
+    cost: Sequence[int],
 ) -> float:
     """The most that a set of bins needs for what it alone can take, over the sets that a division shows.
 
     Work can leave a bin for any other that its items allow. Bins whose work can get nowhere with room to spare, by any
     number of exchanges, are the bottleneck; how much room that is grows from set to set.
     """
-    holds_work: list[list[int]] = [[] for _ in room]  # bin → bins whose work may move there
-    for bins, done in zip(allowed, shares, strict=True):
+    room = [division.level] * len(cost)
+    holds_work: list[list[int]] = [[] for _ in cost]  # bin → bins whose work may move there
+    for bins, shares in zip(allowed, division.shares, strict=True):
+        for each, share in shares:
+            room[each] -= share * cost[each]
         for each in bins:
-            holds_work[each] += [source for source, _ in done]
+            holds_work[each] += [source for source, _ in shares]
     order: list[int] = []
     reached = [False] * len(room)
     for start in sorted(range(len(room)), key=lambda each: -room[each]):
