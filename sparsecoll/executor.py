@@ -28,7 +28,7 @@ Segments = tuple[View, ...]
 Steps = Iterator[bool]
 """Yields once: whether all that is left can wait until the caller has time, as no other rank waits for this one."""
 
-_SENDS_IN_FLIGHT = 4
+_SENDS_IN_FLIGHT = 2
 """Enough to keep a link busy, few enough that what is more urgent does not wait behind them."""
 
 

@@ -33,7 +33,7 @@ __all__ = ["Schedule", "Trees", "trees"]
 _MOST_PIECES = 32
 """Pieces into which a relay cuts what it forwards: the pipeline needs one more piece's time than the links do."""
 
-_LEAST_PIECE_BYTES = 1 << 12
+_LEAST_PIECE_BYTES = 1 << 16
 
 _MESSAGES_PER_LATENCY = 256
 """How many messages a rank is taken to issue in the time in which one arrives."""
@@ -352,10 +352,10 @@ class _Forest:
         self._schedule, self._between, self._entries, self._inside = schedule, between, entries, inside
         self._mirrored = mirrored
         self._cells = [cell for item in range(len(schedule.sizes)) for cell in self._cells_of(item)]
-        messages, self.level = self._loads()
-        costs = schedule.costs
-        latency = max(costs.up_latency, costs.out_latency)
-        self._num_pieces = _choose_pieces(self.level, messages, latency)
+        self.level = self._busiest()
+        latency = max(schedule.costs.up_latency, schedule.costs.out_latency)
+        fanout = max((len(holders) - 1 for holders in schedule.holders), default=1)
+        self._num_pieces = _choose_pieces(self.level, fanout, latency)
         depth = 1 + max((hop for cell in self._cells for hop, _, _ in cell.hops), default=-1)
         self.expected = self.level + depth * latency
         if depth > 1:
@@ -397,17 +397,15 @@ class _Forest:
             branches.append(_Branch(hops, carrier, carried, is_relayed, bool(between.others[item])))
         return _Cell(item, begin, end, branches)
 
-    def _loads(self) -> tuple[int, int]:
-        """The most messages that a rank sends, and the ticks that the busiest link needs."""
+    def _busiest(self) -> int:
+        """Ticks that the busiest link needs."""
         schedule, node_of, costs = self._schedule, self._schedule.node_of, self._schedule.costs
-        messages = [0] * len(node_of)
         up, out, node = [[[0] * len(each), [0] * len(each)] for each in (costs.up, costs.out, costs.node)]
         for cell in self._cells:
             forwards = cell.forwards if self._mirrored else frozenset()
             whole = cell.end - cell.begin
             partial = whole * schedule.first_bytes[cell.item] // schedule.sizes[cell.item]
             for _, src, dst in cell.hops:
-                messages[src] += 1
                 num_bytes = partial if dst in forwards else whole
                 for side, rank in enumerate((src, dst)):
                     if node_of[src] == node_of[dst]:
@@ -419,7 +417,7 @@ class _Forest:
         for links, ticks in ((up, costs.up), (out, costs.out), (node, costs.node)):
             for loads in links:
                 times += [load * cost for load, cost in zip(loads, ticks, strict=True)]
-        return max(messages), max(times)
+        return max(times)
 
     def table(self) -> Table:
         """The transfers; a rank's *line* of work takes turns over all slots, each as long as its share of the line."""
@@ -458,9 +456,9 @@ class _Forest:
         return freeze(table)
 
 
-def _choose_pieces(level: int, messages: int, latency: int) -> int:
+def _choose_pieces(level: int, fanout: int, latency: int) -> int:
     """As many pieces as balance the filling of the pipeline against the messages that they cost."""
-    message_ticks = messages * latency // _MESSAGES_PER_LATENCY
+    message_ticks = fanout * latency // _MESSAGES_PER_LATENCY
     best = isqrt(level // message_ticks) if message_ticks else _MOST_PIECES
     return min(max(best, 1), _MOST_PIECES)
 
