@@ -56,7 +56,10 @@ def _groups(lane: Lane, least: float) -> list[tuple[int, int]]:
     groups: list[tuple[int, int]] = []
     for piece in range(len(begin)):
         first = groups[-1][0] if groups else 0
-        if groups and max(end[piece] - begin[piece], begin[piece] - end[piece - 1], end[piece - 1] - begin[first]) < least:
+        if (
+            groups
+            and max(end[piece] - begin[piece], begin[piece] - end[piece - 1], end[piece - 1] - begin[first]) < least
+        ):
             groups[-1] = first, piece
         else:
             groups.append((piece, piece))
@@ -65,15 +68,29 @@ def _groups(lane: Lane, least: float) -> list[tuple[int, int]]:
 
 def _lane_bars(lane: Lane, groups: list[tuple[int, int]], columns: list[list[int]], sizes: list[int]) -> list[Bar]:
     piece, begin, end = lane.piece.tolist(), lane.begin.tolist(), lane.end.tolist()
-    chunk, forwarded = columns[0], columns[3]
+    chunk, src, dst, forwarded = columns
     bars = []
+
+    def same(column: list[int], these: list[int]) -> int:
+        return column[these[0]] if len({column[each] for each in these}) == 1 else -1
+
     for first, last in groups:
         these = piece[first : last + 1]
         amounts: dict[tuple[int, int], int] = {}
         for each in these:
             kind = chunk[each], forwarded[each]
             amounts[kind] = amounts.get(kind, 0) + sizes[each]
-        same = [column[these[0]] if len({column[each] for each in these}) == 1 else -1 for column in columns]
-        most = max(amounts, key=lambda kind: amounts[kind])
-        bars.append(Bar(begin[first], end[last], *same, sum(amounts.values()), len(these), most))
+        bars.append(
+            Bar(
+                begin=begin[first],
+                end=end[last],
+                chunk=same(chunk, these),
+                src=same(src, these),
+                dst=same(dst, these),
+                forwarded=same(forwarded, these),
+                bytes=sum(amounts.values()),
+                num_pieces=len(these),
+                most=max(amounts, key=amounts.__getitem__),
+            )
+        )
     return bars
