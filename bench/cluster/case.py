@@ -57,25 +57,31 @@ def _run_all(options: Options) -> dict[str, Any]:
     ):
         print_header(options)
         folder = Path(name)
-        output = folder / "rows.json"
+        output = folder / "rows.jsonl"
         command = ["-m", "bench", "cluster", *options.arguments, LAUNCHED, str(os.getpid()), "--json", str(output)]
         try:
             run_ranks(hosts, options.ranks_per_host, command, folder)
         except RankFailed as error:
             errors.append(str(error))
-        rows = [Row(**row) for row in json.loads(output.read_text())["rows"]] if output.exists() else []
+        rows = [Row(**json.loads(line)) for line in output.read_text().splitlines()] if output.exists() else []
         dropped_packets = hosts.dropped_packets()
     found = record(options, rows, errors, dropped_packets, start_time)
     print_footer(found)
-    for error in errors:
-        print(f"bench: {error}", file=sys.stderr)
+    for text in errors:
+        print(f"bench: {text}", file=sys.stderr)
     return found
 
 
 def _run_rank(options: Options) -> dict[str, Any]:
     from bench.cluster.rank import measure_all  # loads torch, which takes a second
 
-    rows = measure_all(options, print_row)
-    if os.environ["RANK"] == "0" and options.output is not None:
-        write_record({"rows": [asdict(row) for row in rows]}, options.output)
+    output = options.output
+    assert output is not None
+
+    def report(row: Row) -> None:
+        print_row(row)
+        with output.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+    measure_all(options, report)
     return {"passed": True}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -110,6 +109,7 @@ def _describe(
         logs[first].read_text(errors="replace").rstrip(),
     ]
     for rank in failed[1:]:
-        with contextlib.suppress(IndexError):
-            parts.append(f"then rank {rank}: {logs[rank].read_text(errors='replace').split(chr(10))[-2]}")
+        # The error and where it was, or what faulthandler says.
+        last = logs[rank].read_text(errors="replace").splitlines()[-2:]
+        parts.append(f"then rank {rank}: {'; '.join(line.strip() for line in last)}")
     return "\n".join(parts)

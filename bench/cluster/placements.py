@@ -9,7 +9,7 @@ import numpy as np
 
 import sparsecoll as sc
 
-__all__ = ["ITEM_BYTES", "NUM_RANDOM", "Scene", "cross_bytes", "hot_scene", "random_scenes"]
+__all__ = ["ITEM_BYTES", "NUM_RANDOM", "Scene", "cross_bytes", "hot_scene", "random_scenes", "scene_name"]
 
 ITEM_BYTES = 4
 NUM_RANDOM = 3
@@ -31,9 +31,19 @@ class Scene:
     chunk_bytes: tuple[int, ...]
 
     @property
+    def name(self) -> str:
+        """``hot``, ``random0``, ``random1``, …"""
+        return scene_name(self.pattern, self.number)
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """``[num_chunks]``, elements."""
         return tuple(size // ITEM_BYTES for size in self.chunk_bytes)
+
+
+def scene_name(pattern: str, number: int) -> str:
+    """The pattern, with the number where there are several."""
+    return pattern if pattern == "hot" else f"{pattern}{number}"
 
 
 def hot_scene(world_size: int, num_chunks: int, chunk_bytes: int) -> Scene:
@@ -65,8 +75,8 @@ def cross_bytes(scene: Scene, host_of: Sequence[int]) -> int:
     """Payload that must cross between hosts: each chunk once to (or, reduced, from) every other host that holds it."""
     total = 0
     for chunk, size in enumerate(scene.chunk_bytes):
-        hosts = {host_of[rank] for rank in np.flatnonzero(scene.place.holders[chunk])}
-        total += size * len(hosts - {host_of[scene.place.owners[chunk]]})
+        hosts = {host_of[rank] for rank in np.flatnonzero(scene.place.holders[chunk]).tolist()}
+        total += size * len(hosts - {host_of[int(scene.place.owners[chunk])]})
     return total
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +32,41 @@ __all__ = ["measure_all"]
 
 COLLECTIVES = ("ag", "rs")
 
-# A contestant gets as many of the timed iterations as fit, and at least one; ours gets all.
+# Ours gets all timed iterations, another contestant as many as fit. Where not even one fits, the first execution is
+# timed, which is for warming up else. So a run ends in a minute or two.
 _SPAN_S = 1.0
 
+# The library gives up after the timeout and says on what. Whatever else hangs is ended here, that much later.
+_PATIENCE = 1.25
+
 _PR_SET_PDEATHSIG = 1
-_STDERR = 2
 
 
-def measure_all(options: Options, report: Callable[[Row], None]) -> list[Row]:
-    """All rows; rank 0 hands each to ``report`` as it comes. All ranks get the same."""
+def measure_all(options: Options, report: Callable[[Row], None]) -> None:
+    """Measures all rows; rank 0 hands each to ``report`` as it comes."""
     _die_with_launcher(options)
     torch.set_num_threads(1)
     # As in timeit: a collection that happens to fall into a timed span says nothing about what is timed.
     gc.disable()
     gc.freeze()  # what the imports have left would take 0.1 s of each collection between the runs
-    _watch(options.timeout_s)
-    rows: list[Row] = []
-    with sc.init_group("torch", timeout_s=options.timeout_s, topology=options.topology) as group:
+    with _limited("init_group", options):
+        group = sc.init_group("torch", timeout_s=options.timeout_s, topology=options.topology)
+    with group:
         for scene in options.scenes:
-            groups = Subgroups(scene)
+            with _limited("new_group", options):
+                groups = Subgroups(scene)
             for collective in COLLECTIVES:
                 for row in _measure(group, scene, collective, groups, options):
-                    rows.append(row)
                     if group.rank == 0:
                         report(row)
             group.barrier()  # a rank that leaves a process group breaks it for those that are still in it
             groups.close(group.rank)
-        _watch(None)
-    return rows
 
 
 def _measure(group: sc.Group, scene: Scene, collective: str, groups: Subgroups, options: Options) -> Sequence[Row]:
     buffers = Buffers(scene, collective, group.rank)
-    contestants: list[Contestant] = [Ours(group, scene, collective, buffers, name) for name in ALGORITHMS]
-    contestants += baselines(scene, collective, buffers, group.rank, groups)
+    ours = [Ours(group, scene, collective, buffers, name) for name in ALGORITHMS]
+    contestants = [*ours, *baselines(scene, collective, buffers, group.rank, groups)]
     runs: dict[str, list[NDArray[np.float64]]] = {contestant.name: [] for contestant in contestants}
     most = dict.fromkeys(runs, options.iterations)
     number = 0
@@ -72,16 +76,15 @@ def _measure(group: sc.Group, scene: Scene, collective: str, groups: Subgroups, 
             if iteration > most[contestant.name]:
                 continue
             number += 1
-            _watch(options.timeout_s)
-            seen = _run(group, contestant, buffers, number, options.ranks_per_host)
+            with _limited(f"{scene.name} {collective} {contestant.name}", options):
+                seen = _run(group, contestant, buffers, number, options.ranks_per_host)
             runs[contestant.name].append(seen)
             if iteration == 0 and contestant.name != OURS:
-                fitting = int(_SPAN_S / seen[:, 0].max())
-                most[contestant.name] = min(options.iterations, max(1, fitting))
+                most[contestant.name] = min(options.iterations, int(_SPAN_S / seen[:, 0].max()))
     host_of = group.topology.node_of
-    plan = contestants[0].plan
+    bound_s = ours[0].plan.bound_s
     return [
-        Row.of(scene, collective, contestant, plan.bound_s, host_of, np.stack(runs[contestant.name]))
+        Row.of(scene, collective, contestant, bound_s, host_of, np.stack(runs[contestant.name]))
         for contestant in contestants
     ]
 
@@ -89,7 +92,7 @@ def _measure(group: sc.Group, scene: Scene, collective: str, groups: Subgroups, 
 def _run(
     group: sc.Group, contestant: Contestant, buffers: Buffers, number: int, ranks_per_host: int
 ) -> NDArray[np.float64]:
-    """One execution as all ranks have seen it: ``[world_size, len(Row.SEEN)]``."""
+    """One execution as all ranks have seen it: ``[world_size, 5]``, as `Row.of` wants it."""
     buffers.fill(number)
     contestant.prepare()
     group.barrier()
@@ -113,11 +116,26 @@ def _wire_bytes() -> int:
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
-def _watch(timeout_s: float | None) -> None:
-    """Ends this process with the stacks of its threads if what follows takes longer; Gloo may hang."""
-    faulthandler.cancel_dump_traceback_later()
-    if timeout_s is not None:
-        faulthandler.dump_traceback_later(timeout_s, exit=True, file=_STDERR)
+@contextlib.contextmanager
+def _limited(what: str, options: Options) -> Iterator[None]:
+    """Ends this process if what follows takes too long; Gloo may hang. Errors tell in what they happened."""
+    limit_s = options.timeout_s * _PATIENCE
+    timer = threading.Timer(limit_s, _give_up, (f"expected the end of {what} within {limit_s:g} s",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {what}")
+        raise
+    finally:
+        timer.cancel()
+
+
+def _give_up(problem: str) -> None:
+    faulthandler.dump_traceback(all_threads=True)
+    print(problem, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _die_with_launcher(options: Options) -> None:

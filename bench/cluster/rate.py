@@ -6,7 +6,7 @@ import re
 
 import sparsecoll as sc
 
-__all__ = ["BURST_BYTES", "PAYLOAD_FRACTION", "parse_rate", "payload_bytes_per_s"]
+__all__ = ["BURST_BYTES", "FRAME_BYTES", "SEGMENT_BYTES", "parse_rate", "payload_bytes_per_s"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -16,10 +16,10 @@ BURST_BYTES = 64 << 10
 _MTU_BYTES = 1500
 _ETHERNET_BYTES = 14
 _IP_BYTES, _TCP_BYTES, _TIMESTAMP_BYTES = 20, 20, 12
-_SEGMENT_BYTES = _MTU_BYTES - _IP_BYTES - _TCP_BYTES - _TIMESTAMP_BYTES
 
-PAYLOAD_FRACTION = _SEGMENT_BYTES / (_MTU_BYTES + _ETHERNET_BYTES)
-"""Share of a link's bytes that are payload: ``tbf`` counts Ethernet frames, also of segments that travel as one."""
+FRAME_BYTES = _MTU_BYTES + _ETHERNET_BYTES
+SEGMENT_BYTES = _MTU_BYTES - _IP_BYTES - _TCP_BYTES - _TIMESTAMP_BYTES
+"""``tbf`` counts whole frames, also of segments that travel as one; TCP's payload is what is left of them."""
 
 
 def parse_rate(text: str) -> int:
@@ -37,4 +37,4 @@ def parse_rate(text: str) -> int:
 
 def payload_bytes_per_s(rate_bits_per_s: int) -> float:
     """What is left of a link's rate for payload in full TCP segments."""
-    return rate_bits_per_s / 8 * PAYLOAD_FRACTION
+    return rate_bits_per_s / 8 * SEGMENT_BYTES / FRAME_BYTES

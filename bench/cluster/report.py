@@ -10,7 +10,8 @@ import sparsecoll as sc
 from bench import machine
 from bench.cluster.contestants import OURS
 from bench.cluster.options import Options
-from bench.cluster.rate import BURST_BYTES, PAYLOAD_FRACTION
+from bench.cluster.placements import scene_name
+from bench.cluster.rate import BURST_BYTES, FRAME_BYTES, SEGMENT_BYTES
 from bench.cluster.rows import Row
 
 __all__ = ["now", "print_footer", "print_header", "print_row", "record", "summarize"]
@@ -38,24 +39,33 @@ _BASELINE = {"ag": "broadcast", "rs": "reduce"}
 def print_header(options: Options) -> None:
     """Everything that the table depends on."""
     found, link = machine.describe(), options.link
-    payload = f"{link.bandwidth_bytes_per_s / 1e6:.2f} MB/s of payload ({PAYLOAD_FRACTION:.4f} of the rate: frames of "
     _say(f"# sparsecoll {sc.__version__}, commit {machine.commit() or 'unknown'}")
     _say(f"# Back end torch: torch {found['torch']} (gloo); Python {found['python']}, NumPy {found['numpy']}")
     _say("# Collective test starting: cluster")
-    _say(f"# {options.num_hosts} hosts on this machine, {options.ranks_per_host} ranks on each, world size ", end="")
-    _say(f"{options.world_size}; {found['usable_cores']} usable cores of {found['cpu']}")
-    _say(f"# Links: {options.rate_bits_per_s / 1e6:g} Mbit/s in each direction, tbf, burst {BURST_BYTES} B,", end=" ")
-    _say(f"{payload}1514 B with Ethernet, IP and TCP headers carry 1448 B)")
-    _say(f"# iters: {options.iterations} after 1 untimed, validation: all, timeout: {options.timeout_s:g} s, ", end="")
-    _say(f"seed: {options.seed}")
+    _say(
+        f"# World size {options.world_size}: {options.num_hosts} hosts on this machine, {options.ranks_per_host} ranks "
+        f"on each; {found['usable_cores']} usable cores of {found['cpu']}"
+    )
+    _say(
+        f"# Links: {options.rate_bits_per_s / 1e6:g} Mbit/s in each direction (tbf, burst {BURST_BYTES} B), which is "
+        f"{link.bandwidth_bytes_per_s / 1e6:.2f} MB/s of payload"
+    )
+    _say(f"# and headers: Ethernet frames of {FRAME_BYTES} B carry {SEGMENT_BYTES} B of payload over TCP and IP.")
+    _say(f"# iters: {options.iterations} after 1 untimed, validation: all, timeout: {options.timeout_s:g} s")
+    _say(f"# seed: {options.seed}")
     _say(f"# Command: {options.command}")
     _say("#")
-    _say("# time, min, max: over iterations, each the maximum over ranks; slow contestants get fewer iterations.")
-    _say("# Contestants take turns. Plans and process groups are made before. Python's garbage collector is off.")
-    _say("# bound: no schedule is faster on links that carry that much payload, given their latency (assumed to be ")
-    _say(f"# {link.latency_s * 1e6:g} us). The burst is for free: at most {_burst_ms(options):.2f} ms of a time.")
-    _say("# cross: payload that the plan sends between hosts, and must: what has to cross. wire: what the hosts'")
-    _say("# interfaces counted, with acknowledgements and headers (one for each batch of segments, not for each).")
+    _say("# time, min, max: over iterations, each the maximum over ranks. All take turns; others than auto get fewer")
+    _say("# iterations if they are slow, and none that is untimed if one takes more than a second. Plans and process")
+    _say("# groups are made before the timing. The garbage collector of Python is off, for every contestant.")
+    _say(
+        f"# bound: no schedule is faster on links of that payload and {link.latency_s * 1e6:g} us of latency (assumed)."
+    )
+    _say(f"# After a pause the burst is free, which can save {_burst_ms(options):.2f} ms of a time.")
+    _say(
+        "# cross: payload that the plan sends between hosts; must: what has to cross; wire: what the interfaces of the"
+    )
+    _say("# hosts counted, with acknowledgements and headers (one for each batch of segments, not for each segment).")
     _say("#" + _join({name: name for name in _COLUMNS})[1:])
     _say("#" + _join({name: _UNITS.get(name, "") for name in _COLUMNS})[1:])
 
@@ -64,7 +74,7 @@ def print_row(row: Row) -> None:
     """A row as it comes."""
     name = f"{row.algorithm}={row.detail}" if row.algorithm == OURS else row.algorithm
     cells = {
-        "pattern": row.pattern if row.pattern == "hot" else f"{row.pattern}{row.number}",
+        "pattern": scene_name(row.pattern, row.number),
         "coll": row.collective,
         "algorithm": name,
         "iters": str(len(row.times_s)),
@@ -194,5 +204,5 @@ def _join(cells: Mapping[str, str]) -> str:
     return " ".join(cells[name].rjust(width) for name, width in _COLUMNS.items())
 
 
-def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, flush=True)
+def _say(line: str) -> None:
+    print(line, flush=True)

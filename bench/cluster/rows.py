@@ -70,10 +70,10 @@ class Row:
         """Puts together what `bench.cluster.rank` has gathered.
 
         Args:
-            seen: ``[1 + iterations, world_size, 5]``: seconds, wrong elements, bytes sent, received, on the host's
-                link. The first iteration is not timed.
+            seen: ``[executions, world_size, 5]``: seconds, wrong elements, bytes sent, received, on the host's link.
+                The first execution is not timed, unless it is the only one.
         """
-        timed = seen[1:]
+        timed = seen[1:] if len(seen) > 1 else seen
         ours = contestant if isinstance(contestant, Ours) else None
         place, sizes = scene.place, np.asarray(scene.chunk_bytes, np.int64)
         foreign = place.holders.copy()
@@ -88,14 +88,14 @@ class Row:
             bound_s=bound_s,
             size_bytes=sum(scene.chunk_bytes),
             useful_bytes=int((foreign.T @ sizes).max()),
-            sent_bytes=ours and tuple(map(int, timed[-1, :, 2])),
-            received_bytes=ours and tuple(map(int, timed[-1, :, 3])),
+            sent_bytes=tuple(map(int, timed[-1, :, 2])) if ours else None,
+            received_bytes=tuple(map(int, timed[-1, :, 3])) if ours else None,
             must_cross_bytes=cross_bytes(scene, host_of),
-            cross_bytes=ours and ours.cross_bytes(host_of),
+            cross_bytes=ours.cross_bytes(host_of) if ours else None,
             wire_bytes=int(timed[:, :, 4].sum(axis=1).max()),
             num_wrong=int(seen[:, :, 1].sum()),
-            predicted_s=ours and ours.plan.predicted_s,
-            plan_digest=ours and ours.plan.digest,
+            predicted_s=ours.plan.predicted_s if ours else None,
+            plan_digest=ours.plan.digest if ours else None,
         )
 
     @property

@@ -13,7 +13,7 @@ from bench.cluster.buffers import Buffers
 from bench.cluster.contestants import Contestant
 from bench.cluster.options import parse
 from bench.cluster.placements import NUM_RANDOM, Scene, cross_bytes, hot_scene, random_scenes
-from bench.cluster.rate import PAYLOAD_FRACTION, parse_rate, payload_bytes_per_s
+from bench.cluster.rate import FRAME_BYTES, SEGMENT_BYTES, parse_rate, payload_bytes_per_s
 from bench.cluster.report import record, summarize
 from bench.cluster.rows import Row
 
@@ -40,7 +40,7 @@ def test_refuses_flags_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_headers_are_not_payload() -> None:
-    assert PAYLOAD_FRACTION == (1500 - 20 - 20 - 12) / (1500 + 14)
+    assert (SEGMENT_BYTES, FRAME_BYTES) == (1448, 1514)
     assert payload_bytes_per_s(400_000_000) == pytest.approx(47.82e6, rel=1e-4)
 
 
@@ -128,6 +128,8 @@ def test_rows_take_the_slowest_rank_of_timed_iterations() -> None:
     assert (row.size_bytes, row.useful_bytes, row.must_cross_bytes) == (300, 300, 300)
     assert row.sent_bytes is row.cross_bytes is row.plan_digest is None
     assert row.record()["out_of_place"]["time"] == 2.5e6
+    once = Row.of(hot_scene(2, 3, 100), "ag", _Someone(), 2.0, (0, 1), seen[:1])
+    assert once.times_s == (9.0,) and once.num_wrong == 1
 
 
 def test_summary_takes_the_worst_placement() -> None:
