@@ -1,4 +1,4 @@
-// The one file that knows nanobind: addresses come in as integers, and every kernel runs without the GIL.
+// The Python module. Kernels get addresses as integers, and every one runs without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "module.hpp"
 
 namespace nb = nanobind;
 
@@ -76,12 +77,13 @@ void bind_combine_backward(Address d_source, Address d_weight, Address d_destina
 }  // namespace
 
 NB_MODULE(_native, module) {
-    module.doc() = "Kernels on addresses. They check nothing: use sparsecoll.native.";
+    module.doc() = "Kernels on addresses, and the planner. They check little: use sparsecoll.native.";
     module.def("sum_rows", &bind_sum_rows, without_gil());
     module.def("sort_by_expert", &bind_sort_by_expert, without_gil());
     module.def("permute_rows", &bind_permute_rows, without_gil());
     module.def("combine", &bind_combine, without_gil());
     module.def("combine_backward", &bind_combine_backward, without_gil());
+    add_planner(module);
 }
 
 }  // namespace sparsecoll

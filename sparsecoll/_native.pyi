@@ -1,5 +1,20 @@
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+class Links:
+    def __init__(
+        self,
+        node_of: Sequence[int],
+        up: Sequence[int],
+        out: Sequence[int],
+        node: Sequence[int],
+        up_latency: int,
+        out_latency: int,
+        /,
+    ) -> None: ...
+
 def sum_rows(
     destination: int,
     destination_is_partial: bool,
@@ -41,3 +56,30 @@ def combine_backward(
     num_threads: int,
     /,
 ) -> None: ...
+def draft(
+    links: Links,
+    owners: NDArray[np.int32],
+    holders: NDArray[np.bool_],
+    chunks: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    partial_sizes: NDArray[np.int64],
+    gathers: bool,
+    divisible: bool,
+    shared_memory: bool,
+    algorithm: str,
+    /,
+) -> tuple[str, int, NDArray[np.uint8]]: ...
+def simulate(
+    links: Links, table: NDArray[np.uint8], row_bytes: NDArray[np.int64], gathers: bool, /
+) -> tuple[int, NDArray[np.int32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]: ...
+def divide(
+    work: Sequence[int],
+    base: Sequence[int],
+    allowed: Sequence[Sequence[int]],
+    cost: Sequence[int],
+    floor: int,
+    home: Sequence[int],
+    pool_of: Sequence[int],
+    pool_cost: Sequence[int],
+    /,
+) -> tuple[int, list[list[tuple[int, int]]]]: ...

@@ -1,10 +1,14 @@
-"""The native kernels, typed and checked. The only file that imports ``_native``.
+"""The native kernels and the native planner, typed and checked. The only file that imports ``_native``.
 
-Memory comes in by address, since the same kernels serve NumPy arrays and tensors of any framework: the caller keeps it
-alive, contiguous, and large enough; addresses need no alignment. Dtypes go by the names that NumPy and torch use.
-Every kernel runs without the GIL. Results depend neither on ``num_threads`` nor on the processor.
+To kernels memory comes in by address, since the same ones serve NumPy arrays and tensors of any framework: the caller
+keeps it alive, contiguous, and large enough; addresses need no alignment. Dtypes go by the names that NumPy and torch
+use. Results depend neither on ``num_threads`` nor on the processor.
 
-``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``E`` experts, ``D`` dim of a token.
+The planner takes NumPy arrays, which are contiguous; `sparsecoll.plan.compiled` speaks to it in the words of plans.
+
+Everything runs without the GIL.
+
+``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``E`` experts, ``D`` dim of a token; ``C`` chunks, ``W`` ranks.
 """
 
 from __future__ import annotations
@@ -15,15 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsecoll import _native
+from sparsecoll._native import Links
 from sparsecoll.errors import InvalidArgument
 
 __all__ = [
     "REDUCIBLE",
+    "Links",
     "accumulation_itemsize",
     "combine",
     "combine_backward",
+    "divide_work",
+    "draft_transfers",
     "itemsize",
+    "links",
     "permute_rows",
+    "play_transfers",
     "sort_by_expert",
     "sum_rows",
     "sum_views",
@@ -253,6 +263,100 @@ def combine_backward(
         _native.combine_backward(
             d_source, d_weight, d_destination, source, position, weight, num_tokens, top_k, dim, dtype, num_threads
         )
+
+
+def links(
+    node_of: Sequence[int],
+    up: Sequence[int],
+    out: Sequence[int],
+    node: Sequence[int],
+    up_latency: int,
+    out_latency: int,
+) -> Links:
+    """Links in the planner's own memory, to be made once for all plans; arguments as in `sparsecoll.plan.costs.Costs`.
+
+    Raises:
+        InvalidArgument: not a node and positive costs for each rank, or a number beyond 63 bits.
+    """
+    try:
+        return Links(node_of, up, out, node, up_latency, out_latency)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"links: expected costs of ranks on nodes in at most 63 bits, got: {error}") from None
+
+
+def draft_transfers(
+    links: Links,
+    owners: NDArray[np.int32],
+    holders: NDArray[np.bool_],
+    chunks: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    partial_sizes: NDArray[np.int64],
+    *,
+    gathers: bool,
+    divisible: bool,
+    shared_memory: bool,
+    algorithm: str,
+) -> tuple[str, int, NDArray[np.uint8]]:
+    """Plans the transfers of a collective, as `sparsecoll.plan.algorithms.draft` does; the rules stand there.
+
+    Args:
+        owners, holders: ``[C]`` and ``[C, W]``, sound as those of a Placement.
+        chunks: ascending numbers of those that move; they have bytes.
+        sizes, partial_sizes: ``[C]``, bytes; what all ranks may send of them together fits 63 bits.
+        algorithm: ``auto`` or a name of an algorithm.
+
+    Returns:
+        The algorithm, ticks that it is expected to take, and the bytes of the rows, read-only.
+
+    Raises:
+        InvalidArgument: arrays that do not fit each other, or an unknown algorithm.
+    """
+    try:
+        return _native.draft(
+            links, owners, holders, chunks, sizes, partial_sizes, gathers, divisible, shared_memory, algorithm
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"draft_transfers: {error}") from None
+
+
+def play_transfers(
+    links: Links, table: NDArray[np.uint8], row_bytes: NDArray[np.int64], *, gathers: bool
+) -> tuple[int, NDArray[np.int32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """When the pieces of transfers arrive, as `sparsecoll.plan.simulate.simulate` says, with the fields of its result.
+
+    Args:
+        table: bytes of the rows.
+        row_bytes: of each row, on the wire.
+
+    Raises:
+        InvalidArgument: rows that do not fit the links, ``row_bytes`` or each other.
+        OverflowError: a time beyond 63 bits of ticks.
+    """
+    try:
+        return _native.simulate(links, table, row_bytes, gathers)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"play_transfers: {error}") from None
+
+
+def divide_work(
+    work: Sequence[int],
+    base: Sequence[int],
+    allowed: Sequence[Sequence[int]],
+    cost: Sequence[int],
+    floor: int = 0,
+    home: Sequence[int] = (),
+    pool_of: Sequence[int] = (),
+    pool_cost: Sequence[int] = (),
+) -> tuple[int, list[list[tuple[int, int]]]]:
+    """`sparsecoll.plan.division.divide`, to be held against it; empty sequences for its None. Arguments are trusted.
+
+    Raises:
+        InvalidArgument: work that nobody may do.
+    """
+    try:
+        return _native.divide(work, base, allowed, cost, floor, home, pool_of, pool_cost)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"divide_work: {error}") from None
 
 
 def _view_address(name: str, view: NDArray[np.uint8]) -> int:
