@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,9 @@ from sparsecoll.placement import Placement
 from sparsecoll.plan.bounds import holders_bound_s, universal_bound_s
 from sparsecoll.plan.costs import costs_of
 from sparsecoll.plan.explain import explain
+from sparsecoll.plan.picture import save_picture
 from sparsecoll.plan.simulate import Timeline, simulate
+from sparsecoll.plan.trace import save_trace
 from sparsecoll.plan.transfer import freeze
 from sparsecoll.topology import Topology
 
@@ -121,8 +124,24 @@ class Plan:
         return content.hexdigest()
 
     def explain(self) -> str:
-        """The schedule as a table to read."""
+        """The schedule as tables to read: totals, ranks, and the trees of chunks."""
         return explain(self)
+
+    def show(self, path: str | os.PathLike[str]) -> None:
+        """Writes an HTML page with the timeline of every link and the bounds; see `sparsecoll.plan.picture`.
+
+        Raises:
+            InvalidArgument: the file cannot be written; names the path.
+        """
+        save_picture(self, path)
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the timeline as a Chrome trace, for ui.perfetto.dev; see `sparsecoll.plan.trace`.
+
+        Raises:
+            InvalidArgument: the file cannot be written; names the path.
+        """
+        save_trace(self, path)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Plan) and self.digest == other.digest
