@@ -1,15 +1,15 @@
 """Plans, by property: what is delivered, how often, at what cost, and that both ends agree.
 
-Transfers are walked through here in plain Python sets and integers, apart from the vectorized code under test.
+Plans are walked through in plain Python (`tests.plans`), apart from the vectorized code under test.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,95 +18,57 @@ from hypothesis import strategies as st
 
 from sparsecoll import InvalidArgument, Link, Placement, Plan, Topology, plan_all_gather, plan_reduce_scatter
 from sparsecoll.plan import TRANSFER, chunk_subset, program
+from sparsecoll.plan.transfer import GRANULE_BYTES, piece_bounds
+from tests.plans import (
+    ALGORITHMS,
+    Case,
+    Range,
+    Row,
+    cases,
+    check_cover,
+    draw_case,
+    gathered,
+    pieces_of,
+    reduced,
+    rows_of,
+)
 
-ALGORITHMS = ["direct", "dense"]
-
-
-class Case(NamedTuple):
-    """Arguments of a planner; ``chunks`` is None for all."""
-
-    place: Placement
-    chunk_bytes: list[int]
-    chunks: list[int] | None
-    topology: Topology
-
-    @property
-    def subset(self) -> list[int]:
-        return list(range(self.place.num_chunks)) if self.chunks is None else self.chunks
-
-    @property
-    def moving(self) -> list[int]:
-        return [chunk for chunk in self.subset if self.chunk_bytes[chunk]]
-
-    def gather(self, algorithm: str = "auto") -> Plan:
-        return plan_all_gather(self.place, self.chunk_bytes, self.topology, algorithm, chunks=self.chunks)
-
-    def reduce(self, algorithm: str = "auto") -> Plan:
-        """Partial sums are twice as wide as contributions, as for 16-bit floats."""
-        partial = [2 * size for size in self.chunk_bytes]
-        return plan_reduce_scatter(
-            self.place, self.chunk_bytes, self.topology, algorithm, chunks=self.chunks, partial_bytes=partial
-        )
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    world_size, num_chunks = draw(st.integers(1, 12)), draw(st.integers(0, 20))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    owners = random.integers(0, world_size, num_chunks)
-    mask = random.random((num_chunks, world_size)) < draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
-    mask[np.arange(num_chunks), owners] = True
-    sizes = draw(st.sampled_from([[0], [1], [64], [0, 1, 7, 1000, 1 << 20]]))
-    chunks = None
-    if draw(st.booleans()):
-        chunks = np.flatnonzero(random.random(num_chunks) < 0.5).tolist()
-    nodes = sorted(random.integers(0, 3, world_size).tolist())
-    numbered = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
-    links = [Link(draw(st.sampled_from([1e6, 1e9])), draw(st.sampled_from([0.0, 1e-6, 1e-3]))) for _ in range(2)]
-    topology = Topology(tuple(numbered[node] for node in nodes), *links)
-    return Case(Placement(owners, mask), random.choice(sizes, num_chunks).tolist(), chunks, topology)
-
-
-def stages_of(plan: Plan) -> list[list[Any]]:
-    """Transfers as tuples, grouped by stage in order."""
-    grouped = defaultdict(list)
-    for row in plan.transfers.tolist():
-        grouped[row[0]].append(row)
-    return [grouped[stage] for stage in sorted(grouped)]
+SIZES = [50_000, 65_536, 99_999, 3 << 20]
+"""Some are cut in pieces, some are not, and not all at multiples of anything."""
 
 
 @settings(deadline=None)
 @given(case=cases(), algorithm=st.sampled_from([*ALGORITHMS, "auto"]))
-def test_all_gather_delivers_every_chunk_to_every_holder(case: Case, algorithm: str) -> None:
+def test_all_gather_delivers_every_byte_to_every_holder_once(case: Case, algorithm: str) -> None:
     plan = case.gather(algorithm)
-    has = [set(case.place.owned_by(rank).tolist()) for rank in range(case.place.world_size)]
-    for stage in stages_of(plan):
-        for _, src, dst, chunk, partial in stage:
-            assert chunk in has[src], "a rank sends only what it has had before the stage"
-            assert src != dst and not partial
-        for _, _, dst, chunk, _ in stage:
-            assert chunk not in has[dst], "nothing arrives twice"
-            has[dst].add(chunk)
-    for rank, chunks in enumerate(has):
-        assert chunks >= {chunk for chunk in case.moving if case.place.holders[chunk, rank]}
-        if plan.algorithm == "dense":
-            assert chunks >= set(case.moving), "dense brings everything to everyone"
-    assert set(plan.transfers["chunk"].tolist()) <= set(case.moving), "other chunks and empty ones stay"
+    arrived = gathered(plan)
+    for chunk in case.moving:
+        owner = int(case.place.owners[chunk])
+        for rank in range(case.place.world_size):
+            if rank == owner:
+                assert (rank, chunk) not in arrived
+            elif case.place.holders[chunk, rank] or plan.algorithm == "dense":  # which brings everything to everyone
+                check_cover(arrived[rank, chunk], case.chunk_bytes[chunk])
+            else:
+                assert (rank, chunk) not in arrived, "only holders carry"
+    assert {chunk for _, chunk in arrived} <= set(case.moving), "other chunks and empty ones stay"
 
 
 @settings(deadline=None)
 @given(case=cases())
 def test_direct_sends_each_replica_once_and_nothing_else(case: Case) -> None:
     expected = Counter(
-        (int(case.place.owners[chunk]), rank, chunk)
+        (int(case.place.owners[chunk]), rank, chunk, 0, case.chunk_bytes[chunk], 1, 0, False)
         for chunk in case.moving
-        for rank in np.flatnonzero(case.place.holders[chunk]).tolist()
+        for rank in case.holders(chunk)
         if rank != case.place.owners[chunk]
     )
-    gather, reduce = case.gather("direct").transfers, case.reduce("direct").transfers
-    assert Counter((src, dst, chunk) for _, src, dst, chunk, _ in gather.tolist()) == expected
-    assert Counter((dst, src, chunk) for _, src, dst, chunk, _ in reduce.tolist()) == expected
-    assert not gather["stage"].any() and not reduce["stage"].any() and not reduce["partial"].any()
+
+    def facts(row: Row, src: int, dst: int) -> tuple[int, int, int, int, int, int, int, bool]:
+        return src, dst, row.chunk, row.begin, row.end, row.pieces, row.stage, row.partial
+
+    assert Counter(facts(row, row.src, row.dst) for row in rows_of(case.gather("direct"))) == expected
+    assert Counter(facts(row, row.dst, row.src) for row in rows_of(case.reduce("direct"))) == expected
 
 
 @settings(deadline=None)
@@ -115,12 +77,12 @@ def test_direct_goes_round_from_each_ranks_right_neighbour(case: Case) -> None:
     """So ranks begin with different receivers, and an owner sums contributions from itself upwards."""
     world_size = case.place.world_size
     distances: dict[int, list[int]] = defaultdict(list)
-    for _, src, dst, _, _ in case.gather("direct").transfers.tolist():
-        distances[src].append((dst - src) % world_size)
+    for row in rows_of(case.gather("direct")):
+        distances[row.src].append((row.dst - row.src) % world_size)
     assert all(each == sorted(each) for each in distances.values())
     summed: dict[int, list[int]] = defaultdict(list)
-    for _, src, dst, chunk, _ in case.reduce("direct").transfers.tolist():
-        summed[chunk].append((src - dst) % world_size)
+    for row in rows_of(case.reduce("direct")):
+        summed[row.chunk].append((row.src - row.dst) % world_size)
     assert all(each == sorted(set(each)) for each in summed.values())
 
 
@@ -128,25 +90,13 @@ def test_direct_goes_round_from_each_ranks_right_neighbour(case: Case) -> None:
 @given(case=cases(), algorithm=st.sampled_from([*ALGORITHMS, "auto"]))
 def test_reduce_scatter_brings_each_contribution_to_the_owner_once(case: Case, algorithm: str) -> None:
     plan = case.reduce(algorithm)
-    ranks = range(case.place.world_size)
-
-    def own(rank: int, chunk: int) -> Counter[int]:
-        return Counter([rank] if case.place.holders[chunk, rank] else [])
-
-    arrived: list[dict[int, Counter[int]]] = [defaultdict(Counter) for _ in ranks]
-    for stage in stages_of(plan):
-        carried = []
-        for _, src, dst, chunk, partial in stage:
-            assert src != dst
-            assert partial == bool(chunk in arrived[src]), "exactly what has passed a relay is a sum"
-            carried.append((dst, chunk, own(src, chunk) + (arrived[src][chunk] if partial else Counter())))
-        for dst, chunk, contributions in carried:
-            arrived[dst][chunk] += contributions
+    owned = reduced(plan)
     for chunk in case.moving:
-        owner = int(case.place.owners[chunk])
-        holders = Counter(np.flatnonzero(case.place.holders[chunk]).tolist())
-        assert own(owner, chunk) + arrived[owner][chunk] == holders
-    assert set(plan.transfers["chunk"].tolist()) <= set(case.moving)
+        others = Counter(rank for rank in case.holders(chunk) if rank != case.place.owners[chunk])
+        if others:
+            check_cover(owned[chunk], case.chunk_bytes[chunk])
+        assert all(contributions == others for contributions in owned.get(chunk, {}).values())
+    assert set(plan.transfers["chunk"].tolist()) <= set(case.moving), "other chunks and empty ones stay"
 
 
 @settings(deadline=None)
@@ -155,19 +105,19 @@ def test_bytes_and_messages_are_counted_right(case: Case, algorithm: str) -> Non
     for plan in (case.gather(algorithm), case.reduce(algorithm)):
         world_size = case.place.world_size
         sent, received, messages, staging, zeros = ([0] * world_size for _ in range(5))
-        for row, (_, src, dst, chunk, partial) in enumerate(plan.transfers.tolist()):
-            size = case.chunk_bytes[chunk] * (2 if partial else 1)
-            assert plan.transfer_bytes[row] == size > 0
-            sent[src] += size
-            received[dst] += size
-            messages[src] += 1
+        for row in rows_of(plan):
+            size = row.num_bytes * (2 if row.partial else 1)
+            assert plan.transfer_bytes[row.number] == size > 0
+            sent[row.src] += size
+            received[row.dst] += size
+            messages[row.src] += row.pieces
             if plan.op == "all_gather":
-                staging[dst] += 0 if case.place.holders[chunk, dst] else size
+                staging[row.dst] += 0 if case.place.holders[row.chunk, row.dst] else size
             else:
-                staging[dst] += size
-                staging[src] += size if partial else 0
-                if not partial and not case.place.holders[chunk, src]:
-                    zeros[src] = max(zeros[src], size)
+                staging[row.dst] += size
+                staging[row.src] += size if row.partial else 0
+                if not row.partial and not case.place.holders[row.chunk, row.src]:
+                    zeros[row.src] = max(zeros[row.src], size)
         assert plan.sent_bytes.tolist() == sent
         assert plan.received_bytes.tolist() == received
         assert plan.sent_transfers.tolist() == messages
@@ -176,28 +126,55 @@ def test_bytes_and_messages_are_counted_right(case: Case, algorithm: str) -> Non
 
 
 @settings(deadline=None)
-@given(case=cases(), algorithm=st.sampled_from(ALGORITHMS))
-def test_prediction_is_the_sum_over_stages_of_the_busiest_link(case: Case, algorithm: str) -> None:
+@given(case=cases(), algorithm=st.sampled_from(ALGORITHMS), width=st.integers(1, 4))
+def test_sums_of_whole_chunks_have_the_size_that_the_caller_says(case: Case, algorithm: str, width: int) -> None:
+    """Segments of several dtypes have sums of several widths; such chunks are not cut."""
+    case = case._replace(divisible=False)
+    partial_bytes = [width * size + size // 2 for size in case.chunk_bytes]
+    plan = plan_reduce_scatter(
+        case.place,
+        case.chunk_bytes,
+        case.topology,
+        algorithm,
+        chunks=case.chunks,
+        partial_bytes=partial_bytes,
+        divisible=False,
+    )
+    for row in rows_of(plan):
+        expected = partial_bytes if row.partial else case.chunk_bytes
+        assert plan.transfer_bytes[row.number] == expected[row.chunk]
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=cases(), algorithm=st.sampled_from([*ALGORITHMS, "auto"]))
+def test_chunks_that_must_not_be_cut_travel_whole(case: Case, algorithm: str) -> None:
+    case = case._replace(divisible=False)
     for plan in (case.gather(algorithm), case.reduce(algorithm)):
-        expected = 0.0
-        for stage in stages_of(plan):
-            busy: dict[tuple[int, str, bool], float] = defaultdict(float)
-            for _, src, dst, chunk, partial in stage:
-                link = case.topology.link(src, dst)
-                crosses = case.topology.node_of[src] != case.topology.node_of[dst]
-                cost = link.latency_s + case.chunk_bytes[chunk] * (2 if partial else 1) / link.bandwidth_bytes_per_s
-                busy[src, "out", crosses] += cost
-                busy[dst, "in", crosses] += cost
-            expected += max(busy.values())
-        assert plan.predicted_s == pytest.approx(expected, rel=1e-9)
+        for row in rows_of(plan):
+            assert row.range == (0, case.chunk_bytes[row.chunk]) and row.pieces == 1
+
+
+@settings(deadline=None)
+@given(begin=st.integers(0, 50), length=st.integers(1, 1 << 40), pieces=st.integers(1, 64))
+def test_pieces_are_of_nearly_equal_size(begin: int, length: int, pieces: int) -> None:
+    begin *= GRANULE_BYTES
+    length = max(length, pieces * GRANULE_BYTES)
+    bounds = piece_bounds(begin, begin + length, pieces)
+    assert (bounds[0], bounds[-1], len(bounds)) == (begin, begin + length, pieces + 1)
+    assert all(cut % GRANULE_BYTES == 0 for cut in bounds[:-1])
+    sizes = np.diff(bounds)
+    assert sizes.min() > 0 and sizes.max() - sizes.min() < 2 * GRANULE_BYTES
 
 
 @settings(deadline=None)
 @given(case=cases(), algorithm=st.sampled_from(ALGORITHMS))
 def test_nothing_is_predicted_faster_than_the_bound(case: Case, algorithm: str) -> None:
+    """A ring also lets ranks carry what they do not hold, and so has only the universal bound. Costs of links are
+    integers and off by at most one part in 2^12."""
     for plan in (case.gather(algorithm), case.reduce(algorithm)):
-        assert plan.predicted_s >= plan.bound_s * (1 - 1e-12)
-        assert (plan.bound_s == 0.0) == (case.gather("direct").sent_bytes.sum() == 0)
+        bound_s = plan.universal_bound_s if algorithm == "dense" else plan.bound_s
+        assert plan.predicted_s >= bound_s * (1 - 2**-12)
+        assert (bound_s == 0.0) == (case.gather("direct").sent_bytes.sum() == 0)
 
 
 def test_the_bound_is_met_where_it_can_be() -> None:
@@ -229,88 +206,142 @@ def test_the_bound_lets_a_rank_use_both_kinds_of_links_at_once() -> None:
     assert plan.predicted_s == pytest.approx(1.0) and plan.bound_s == pytest.approx(1.0)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(case=cases())
-def test_auto_takes_the_cheaper(case: Case) -> None:
+def test_auto_is_one_of_the_algorithms(case: Case) -> None:
     for make in (case.gather, case.reduce):
-        plans = {name: make(name) for name in ALGORITHMS}
         chosen = make("auto")
-        assert chosen.predicted_s == min(plan.predicted_s for plan in plans.values())
-        assert chosen == plans[chosen.algorithm]
+        assert chosen == make(chosen.algorithm)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_auto_is_as_good_as_direct(seed: int) -> None:
+    """Within 5 %: it compares estimates of what takes long, not simulations. And only where bytes take longer than
+    latencies do: of plans that take a few latencies a rank lets in a part after the other, which no estimate knows."""
+    random = np.random.default_rng(seed)
+    case = draw_case(
+        random, world_size=int(random.integers(2, 20)), num_chunks=12, sizes=[1 << 20, 3 << 20], num_nodes=4
+    )
+    up, out = Link(25e9, 1e-6), Link(5e9, 5e-6)
+    for topology in (
+        Topology.flat(case.place.world_size, out),
+        Topology(case.topology.node_of, up, out),
+        Topology(case.topology.node_of, up, out, out),
+    ):
+        case = case._replace(topology=topology)
+        for make in (case.gather, case.reduce):
+            assert make("auto").predicted_s <= 1.05 * make("direct").predicted_s
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_auto_is_direct_where_there_is_nothing_to_forward(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    case = draw_case(random, world_size=int(random.integers(2, 12)), num_chunks=20, sizes=SIZES, num_nodes=seed % 4 + 1)
+    others = random.integers(0, case.place.world_size, 20).tolist()
+    place = Placement.of_owners(case.place.owners, case.place.world_size).replicate(
+        {chunk: [other] for chunk, other in enumerate(others)}
+    )
+    case = case._replace(place=place)
+    assert case.gather().algorithm == case.reduce().algorithm == "direct"
 
 
 def test_auto_depends_on_what_is_held_and_where() -> None:
-    """A ring crosses the border between nodes once for each chunk, an owner once for each holder beyond it."""
+    """A ring crosses the border between nodes once for each chunk, an owner once for each holder beyond it, and a
+    hierarchical plan once over all ranks of a node together."""
     two_nodes = Topology((0, 0, 0, 0, 1, 1, 1, 1), Link(1e9, 0.0), Link(1e6, 0.0))
     everyone = Placement.of_owners([0] * 8, 8).replicate(dict.fromkeys(range(8), range(8)))
     gather = {name: plan_all_gather(everyone, 1 << 20, two_nodes, name) for name in ALGORITHMS}
-    assert gather["direct"].predicted_s == pytest.approx(4 * 8 * (1 << 20) / 1e6)
-    assert gather["dense"].predicted_s == pytest.approx(8 * (1 << 20) / 1e6 + 6 * 8 * (1 << 20) / 1e9)
-    assert plan_all_gather(everyone, 1 << 20, two_nodes) == gather["dense"]
+    once_s = (1 << 20) / 1e6
+    assert gather["direct"].predicted_s == pytest.approx(4 * 8 * once_s)
+    assert 8 * once_s < gather["dense"].predicted_s < 8.1 * once_s
+    assert 2 * once_s < gather["hierarchical"].predicted_s < 2.1 * once_s
+    assert plan_all_gather(everyone, 1 << 20, two_nodes) == gather["hierarchical"]
     beyond = Placement.of_owners([0] * 8, 8).replicate({3: [5]})
     assert plan_all_gather(beyond, 1 << 20, two_nodes).algorithm == "direct"
+    hot = Placement.of_owners([0] * 8, 8).replicate(dict.fromkeys(range(8), range(8)))
+    assert plan_all_gather(hot, 1 << 20, Topology.flat(8, Link(1e9, 1e-6))).algorithm == "relay"
 
 
-@settings(deadline=None)
+def test_auto_spares_no_relay_in_shared_memory() -> None:
+    """All ranks of a node use up the same memory there, whoever copies; between nodes they do not."""
+    hot = Placement.of_owners([0] * 8, 4).replicate(dict.fromkeys(range(8), range(4)))
+    link = Link(1e9, 1e-6)
+    assert plan_all_gather(hot, 1 << 20, Topology((0,) * 4, link, shared_memory=True)).algorithm == "direct"
+    two_nodes = Topology((0, 0, 1, 1), Link(1e10, 1e-6), link, shared_memory=True)
+    assert plan_all_gather(hot, 1 << 20, two_nodes).algorithm == "hierarchical"
+
+
+Fact = tuple[int, Range, bool]
+
+
+@settings(deadline=None, max_examples=40)
 @given(case=cases(), algorithm=st.sampled_from(ALGORITHMS))
 def test_both_ends_of_every_message_agree(case: Case, algorithm: str) -> None:
     """Messages of a pair match by order, so both programs must list them in the same one."""
     for plan in (case.gather(algorithm), case.reduce(algorithm)):
-        ranks = range(case.place.world_size)
-        programs = [program(plan, rank) for rank in ranks]
-        sends, receives = defaultdict(list), defaultdict(list)
-        for rank in ranks:
-            for stage in programs[rank].stages:
-                assert stage.sends or stage.receives
-                for move in stage.sends:
-                    sends[rank, move.peer].append((move.chunk, move.partial))
-                for move in stage.receives:
-                    receives[move.peer, rank].append((move.chunk, move.partial))
-        assert sends == receives
-        assert sum(map(len, sends.values())) == len(plan.transfers)
-        for rank in ranks:
-            mine = programs[rank]
-            moves = [move.chunk for stage in mine.stages for move in stage.receives]
-            assert mine.arrivals == Counter(moves)
+        sends: dict[tuple[int, int], list[Fact]] = defaultdict(list)
+        receives: dict[tuple[int, int], list[Fact]] = defaultdict(list)
+        for rank in range(case.place.world_size):
+            mine = program(plan, rank)
+            for move in mine.sends:
+                sends[rank, move.peer].append((move.chunk, (move.begin, move.end), move.partial))
+            for move in mine.receives:
+                receives[move.peer, rank].append((move.chunk, (move.begin, move.end), move.partial))
+            for moves in (mine.sends, mine.receives):
+                stages = [move.stage for move in moves]
+                assert stages == sorted(stages)
+            received = {move.chunk for move in mine.receives}
             assert list(mine.owned) == [chunk for chunk in case.subset if case.place.owners[chunk] == rank]
             assert list(mine.held) == [chunk for chunk in case.subset if case.place.holders[chunk, rank]]
+            assert list(mine.passing) == sorted(received - set(mine.held))
+        assert sends == receives
+        expected = Counter((each.src, each.dst, each.chunk, each.range, each.partial) for each in pieces_of(plan))
+        assert Counter((*pair, *fact) for pair, facts in sends.items() for fact in facts) == expected
 
 
-@settings(deadline=None)
+def test_a_move_says_whether_it_leaves_the_node() -> None:
+    place = Placement.of_owners([0, 2, 2], 5).replicate(dict.fromkeys(range(3), range(5)))
+    node_of = (0, 1, 0, 1, 1)
+    for algorithm in ALGORITHMS:
+        plan = plan_all_gather(place, 54_321, Topology(node_of), algorithm)
+        for rank in range(5):
+            mine = program(plan, rank)
+            for move in mine.sends + mine.receives:
+                assert move.port == (node_of[rank] != node_of[move.peer])
+
+
+@settings(deadline=None, max_examples=40)
 @given(case=cases(), algorithm=st.sampled_from(ALGORITHMS))
-def test_ranks_that_wait_after_every_stage_all_come_to_the_end(case: Case, algorithm: str) -> None:
-    """An executor posts a stage and waits for all of it; a message ends when both sides have posted it."""
+def test_a_send_waits_for_what_it_forwards_and_a_sum_for_all_of_it(case: Case, algorithm: str) -> None:
     for plan in (case.gather(algorithm), case.reduce(algorithm)):
-        ranks = range(case.place.world_size)
-        stages = [program(plan, rank).stages for rank in ranks]
-        position = [-1] * len(ranks)
-        posted: Counter[tuple[str, int, int]] = Counter()
+        for rank in range(case.place.world_size):
+            mine = program(plan, rank)
+            arrivals: dict[tuple[int, Range], list[int]] = defaultdict(list)
+            for number, move in sorted(enumerate(mine.receives), key=lambda each: each[1].row):
+                arrivals[move.chunk, (move.begin, move.end)].append(number)
+            for move in mine.sends:
+                waits = plan.op == "all_gather" or move.partial
+                expected = arrivals[move.chunk, (move.begin, move.end)] if waits else []
+                assert list(move.needs) == expected, "all of it, in the order of the plan"
+                assert all(mine.receives[need].stage < move.stage for need in move.needs)
+            if plan.op == "all_gather":
+                assert mine.sums == ()
+                continue
+            for chunk, begin, end, numbers in mine.sums:
+                assert list(numbers) == arrivals[chunk, (begin, end)]
+            summed = {chunk: [each[1:3] for each in mine.sums if each[0] == chunk] for chunk in mine.owned}
+            assert {each[0] for each in mine.sums} == set(summed)
+            for chunk, ranges in summed.items():
+                check_cover(ranges, case.chunk_bytes[chunk])
 
-        def advance(
-            rank: int, stages: Any = stages, position: list[int] = position, posted: Counter[Any] = posted
-        ) -> None:
-            position[rank] += 1
-            if position[rank] < len(stages[rank]):
-                posted.update(("send", rank, move.peer) for move in stages[rank][position[rank]].sends)
-                posted.update(("receive", move.peer, rank) for move in stages[rank][position[rank]].receives)
 
-        for rank in ranks:
-            advance(rank)
-        progress = True
-        while progress:
-            progress = False
-            for rank in ranks:
-                if position[rank] >= len(stages[rank]):
-                    continue
-                stage = stages[rank][position[rank]]
-                pairs = {(rank, move.peer) for move in stage.sends} | {(move.peer, rank) for move in stage.receives}
-                # All of this rank's own messages are posted, so the other side must have come as far.
-                sent_by_me = all(posted["receive", *pair] >= posted["send", *pair] for pair in pairs if pair[0] == rank)
-                sent_to_me = all(posted["send", *pair] >= posted["receive", *pair] for pair in pairs if pair[1] == rank)
-                if sent_by_me and sent_to_me:
-                    advance(rank)
-                    progress = True
-        assert position == [len(each) for each in stages], "ranks wait for each other in a circle"
+@settings(deadline=None, max_examples=40)
+@given(case=cases(), algorithm=st.sampled_from(ALGORITHMS))
+def test_only_programs_without_an_order_are_posted_at_once(case: Case, algorithm: str) -> None:
+    for plan in (case.gather(algorithm), case.reduce(algorithm)):
+        ordered = {rank for each in pieces_of(plan) if each.stage for rank in (each.src, each.dst)}
+        for rank in range(case.place.world_size):
+            assert program(plan, rank).is_immediate == (rank not in ordered)
 
 
 BASE = Placement.of_owners([0, 1, 2, 0], 3).replicate({0: [1, 2], 3: [1]})
@@ -347,6 +378,37 @@ def test_digest_differs_when_anything_changes() -> None:
     assert len({plan.digest for plan in plans.values()}) == len(plans)
 
 
+def test_digest_depends_on_links_where_transfers_do() -> None:
+    place = Placement.of_owners([0, 1], 4).replicate({0: range(4), 1: range(4)})
+    links = Link(1e9, 1e-6), Link(3e8, 1e-6)
+    alike = Topology.flat(4, links[0])
+    unlike = Topology((0,) * 4, (links[0], links[0], links[1], links[1]))
+    nodes = Topology((0, 0, 1, 1), Link(1e10, 1e-6), links[0])
+    for algorithm in ("relay", "hierarchical"):
+        plans = [plan_all_gather(place, 1 << 20, topology, algorithm) for topology in (alike, unlike, nodes)]
+        assert plans[0].digest != plans[1].digest
+        assert (plans[0].digest == plans[2].digest) == (algorithm == "relay"), "which does as if there were no nodes"
+    again = plan_all_gather(place, 1 << 20, Topology((0,) * 4, links[0]), "relay")
+    assert again.digest == plan_all_gather(place, 1 << 20, alike, "relay").digest
+
+
+DIGESTS = """
+from sparsecoll import Link, Placement, Topology, plan_all_gather, plan_reduce_scatter
+place = Placement.of_owners([0, 1, 2, 0, 5], 6).replicate({0: range(6), 3: [1, 4], 4: [0, 1, 2]})
+for topology in (Topology.flat(6), Topology((0, 0, 1, 1, 2, 2), Link(1e9, 1e-6), Link(1e8, 1e-5))):
+    for make in (plan_all_gather, plan_reduce_scatter):
+        for algorithm in ("direct", "relay", "hierarchical", "dense", "auto"):
+            print(make(place, [100_000, 7, 1 << 20, 300_000, 0], topology, algorithm).digest)
+"""
+
+
+def test_digest_is_equal_in_another_process(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", DIGESTS]
+    there = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.split()
+    exec(DIGESTS, {})
+    assert there == capsys.readouterr().out.split() and len(set(there)) > 8
+
+
 def test_digest_sees_the_order_of_transfers() -> None:
     plan = plan_reduce_scatter(BASE, 12, Topology.flat(3), "direct")
     swapped = dataclasses.replace(plan, transfers=plan.transfers[::-1])
@@ -374,15 +436,23 @@ def test_world_of_one_and_no_chunks_have_nothing_to_do() -> None:
     ):
         assert len(plan.transfers) == 0 and plan.predicted_s == plan.bound_s == 0.0
         assert plan.sent_bytes.tolist() == [0] * plan.place.world_size
-        assert "none travels" in plan.explain()
 
 
 @pytest.mark.parametrize(
     ("make", "rule"),
     [
-        (lambda p: plan_all_gather(p, 4, Topology.flat(3), "magic"), "algorithm auto, direct or dense, got 'magic'"),
-        (lambda p: plan_all_gather(p, 4, Topology.flat(3), None), "algorithm auto, direct or dense, got None"),
-        (lambda p: plan_reduce_scatter(p, 4, Topology.flat(3), ""), "algorithm auto, direct or dense, got ''"),
+        (
+            lambda p: plan_all_gather(p, 4, Topology.flat(3), "magic"),
+            "algorithm auto or direct or relay or hierarchical or dense, got 'magic'",
+        ),
+        (
+            lambda p: plan_all_gather(p, 4, Topology.flat(3), None),
+            "algorithm auto or direct or relay or hierarchical or dense, got None",
+        ),
+        (
+            lambda p: plan_reduce_scatter(p, 4, Topology.flat(3), ""),
+            "algorithm auto or direct or relay or hierarchical or dense, got ''",
+        ),
         (lambda p: plan_all_gather(p, 4, Topology.flat(4)), "topology of 3 ranks .*, got 4"),
         (lambda p: plan_all_gather(p, -1, Topology.flat(3)), "none negative, got -1"),
         (lambda p: plan_all_gather(p, [1, 2, -3, 4], Topology.flat(3)), "4 sizes, none negative"),
@@ -423,36 +493,23 @@ def test_sizes_beyond_32_bits_are_counted_to_the_byte(chunk_bytes: int) -> None:
     place = Placement.even(3, 3).replicate({chunk: range(3) for chunk in range(3)})
     for algorithm in ALGORITHMS:
         gather = plan_all_gather(place, chunk_bytes, Topology.flat(3), algorithm)
-        assert gather.sent_bytes.tolist() == gather.received_bytes.tolist() == [2 * chunk_bytes] * 3
-        reduce = plan_reduce_scatter(place, chunk_bytes, Topology.flat(3), algorithm, partial_bytes=2 * chunk_bytes)
-        assert reduce.sent_bytes.tolist() == [(3 if algorithm == "dense" else 2) * chunk_bytes] * 3
-        assert gather.predicted_s >= gather.bound_s > 0
+        assert gather.sent_bytes.sum() == 6 * chunk_bytes
+        assert gather.received_bytes.tolist() == [2 * chunk_bytes] * 3
+        # Partial sums as wide as contributions: who relays how much does not show in what is sent in all.
+        reduce = plan_reduce_scatter(place, chunk_bytes, Topology.flat(3), algorithm)
+        assert reduce.sent_bytes.tolist() == [2 * chunk_bytes] * 3
         assert program(gather, 0).owned == (0,)
-
-
-def test_explain_names_ranks_chunks_and_bytes() -> None:
-    text = plan_all_gather(BASE, 1500, Topology.flat(3), "direct").explain()
-    lines = text.splitlines()
-    assert lines[0].startswith("all_gather by direct, digest ")
-    assert "4 of 4 chunks, 3 ranks, 3 transfers in 1 stages, 4.50 kB" in text
-    rank_rows = [line.split() for line in lines if line.strip()[:1].isdigit() and ">" not in line]
-    assert ["0", "2", "2", "3", "4.50", "kB", "0", "B", "0", "B"] in rank_rows
-    assert ["1", "1", "3", "0", "0", "B", "3.00", "kB", "0", "B"] in rank_rows
-    chunk_rows = [line for line in lines if ">" in line]
-    assert any(line.split()[0] == "0" and "0: 0 > 1" in line and "0: 0 > 2" in line for line in chunk_rows)
-    ring = plan_reduce_scatter(BASE, 1500, Topology.flat(3), "dense").explain()
-    assert "1: 2 > 0 (sum)" in ring
+    for algorithm, factor in (("direct", 2), ("dense", 3)):
+        wide = plan_reduce_scatter(place, chunk_bytes, Topology.flat(3), algorithm, partial_bytes=2 * chunk_bytes)
+        assert wide.sent_bytes.tolist() == [factor * chunk_bytes] * 3
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_explain_of_a_large_plan_stays_short(algorithm: str) -> None:
-    place = Placement.even(256, 128).replicate(dict.fromkeys(range(256), range(128)))
-    plan = plan_all_gather(place, 1 << 20, Topology.flat(128), algorithm)
-    begin = time.process_time()
-    lines = plan.explain().splitlines()
-    assert len(lines) < 100 and max(map(len, lines)) < 200
-    assert "... and 96 more" in "\n".join(lines)
-    assert time.process_time() - begin < 5, "linear in the number of transfers"
+def test_predictions_of_large_sizes(algorithm: str) -> None:
+    place = Placement.even(3, 3).replicate({chunk: range(3) for chunk in range(3)})
+    plan = plan_all_gather(place, 2**40 + 1, Topology.flat(3, Link(1e9, 1e-6)), algorithm)
+    assert plan.predicted_s == pytest.approx(2 * (2**40 + 1) / 1e9, rel=0.05)
+    assert plan.predicted_s >= plan.bound_s
 
 
 def test_repr_is_a_line() -> None:
