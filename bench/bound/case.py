@@ -1,10 +1,10 @@
 """Plans' predicted times over the time that no schedule can beat, on random cases.
 
 Flat: all ranks reach each other alike. The optimum of fluid schedules among holders is known exactly there; it knows no
-latency and no pipeline to fill, which the predicted times have to pay. Division is how evenly a relayed plan shares the
-bytes alone: what its busiest port carries over the optimum. Two levels: ranks on nodes, against the linear programme
-where that is small enough and against the bound elsewhere. Beside each stands the ratio to the universal bound, which
-holds for any schedule and not only for those in which holders carry the chunks.
+latency and no pipeline to fill, which the predicted times have to pay. Division is how evenly a plan (on one level, a
+relayed one) shares the bytes alone: the time of its busiest port over the optimum. Two levels: ranks on nodes, against
+the linear programme where that is small enough and against the bound elsewhere. Beside each stands the ratio to the
+universal bound, which holds for any schedule and not only for those in which holders carry the chunks.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 import sparsecoll as sc
 from bench.bound.delivery import delivers
 from bench.bound.draw import FLAT_LINKS, PATTERNS, TWO_LEVEL_LINKS, Case, flat_case, two_level_case, without_latency
@@ -33,7 +35,8 @@ class Outcome:
         is_optimum: which of both it is.
         bound_over_reference: of the bound without latency.
         universal_s: without latency.
-        division: what the busiest port carries over the optimum, in a relayed plan; None on two levels.
+        division: bytes alone: the time of the plan's busiest port over the reference. On one level of a relayed plan,
+            whatever ``auto`` chose.
         right: the plan delivers, and nothing is predicted below its bounds.
     """
 
@@ -52,7 +55,7 @@ class Outcome:
     is_optimum: bool
     bound_over_reference: float
     universal_s: float
-    division: float | None
+    division: float
     right: bool
 
     @property
@@ -88,10 +91,9 @@ def flat_outcomes(seed: int, num_cases: int) -> Iterator[Outcome]:
             bound_s, universal_s = _bounds(case, topology)
             reference = _Reference(bound_s, True, bound_s, universal_s)
             for op in PLANNERS:
+                plan = PLANNERS[op](case.place, case.chunk_bytes, topology)
                 relayed = PLANNERS[op](case.place, case.chunk_bytes, topology, "relay")
-                busiest_bytes = max(relayed.sent_bytes.max(), relayed.received_bytes.max())
-                division = busiest_bytes / link.bandwidth_bytes_per_s / bound_s
-                yield _outcome(op, name, number, case, topology, reference, division, delivers(relayed))
+                yield _outcome(plan, relayed, name, number, case, reference)
 
 
 def two_level_outcomes(seed: int, num_cases: int) -> Iterator[Outcome]:
@@ -106,7 +108,8 @@ def two_level_outcomes(seed: int, num_cases: int) -> Iterator[Outcome]:
                 optimum = optimum_s(case.place, case.chunk_bytes, topology, time_limit_s=_TIME_LIMIT_S)
             reference = _Reference(optimum or bound_s, optimum is not None, bound_s, universal_s)
             for op in PLANNERS:
-                yield _outcome(op, name, number, case, topology, reference, None, True)
+                plan = PLANNERS[op](case.place, case.chunk_bytes, topology)
+                yield _outcome(plan, plan, name, number, case, reference)
 
 
 def _by_pattern(num_cases: int) -> Iterator[int]:
@@ -121,27 +124,17 @@ def _bounds(case: Case, topology: sc.Topology) -> tuple[float, float]:
     return plan.bound_s, plan.universal_bound_s
 
 
-def _outcome(
-    op: str,
-    links: str,
-    number: int,
-    case: Case,
-    topology: sc.Topology,
-    reference: _Reference,
-    division: float | None,
-    relay_delivers: bool,
-) -> Outcome:
-    plan = PLANNERS[op](case.place, case.chunk_bytes, topology)
+def _outcome(plan: sc.Plan, divided: sc.Plan, links: str, number: int, case: Case, reference: _Reference) -> Outcome:
     bounded = plan.predicted_s >= plan.bound_s * _SAME and plan.bound_s >= plan.universal_bound_s * _SAME
     # The bound and the programme come from floats by different ways.
     below_optimum = reference.bound_s <= reference.seconds * (1 + 1e-6)
     return Outcome(
-        op=op,
+        op=plan.op,
         links=links,
         pattern=case.pattern,
         number=number,
-        world_size=topology.world_size,
-        num_nodes=topology.num_nodes,
+        world_size=case.place.world_size,
+        num_nodes=plan.topology.num_nodes,
         num_chunks=len(case.place.replicated()),
         moved_bytes=case.moved_bytes,
         num_transfers=len(plan.transfers),
@@ -151,6 +144,24 @@ def _outcome(
         is_optimum=reference.is_optimum,
         bound_over_reference=reference.bound_s / reference.seconds,
         universal_s=reference.universal_s,
-        division=division,
-        right=relay_delivers and bounded and below_optimum and delivers(plan),
+        division=_busiest_s(divided) / reference.seconds,
+        right=bounded and below_optimum and delivers(plan) and (divided is plan or delivers(divided)),
     )
+
+
+def _busiest_s(plan: sc.Plan) -> float:
+    """The longest time that a port needs for its bytes."""
+    topology, num_bytes = plan.topology, plan.transfer_bytes
+    ranks, nodes = range(topology.world_size), range(topology.num_nodes)
+    node_of = np.asarray(topology.node_of)
+    up = np.array([topology.scale_up_of(rank).bandwidth_bytes_per_s for rank in ranks])
+    out = np.array([topology.scale_out_of(rank).bandwidth_bytes_per_s for rank in ranks])
+    shared = [topology.node_link_of(node) for node in nodes]
+    node = np.array([np.inf if link is None else link.bandwidth_bytes_per_s for link in shared])
+    crosses = node_of[plan.transfers["src"]] != node_of[plan.transfers["dst"]]
+    busiest = 0.0
+    for side in ("src", "dst"):
+        rank = plan.transfers[side]
+        for port, which, rates in ((rank, ~crosses, up), (rank, crosses, out), (node_of[rank], crosses, node)):
+            busiest = max(busiest, (np.bincount(port[which], num_bytes[which], len(rates)) / rates).max())
+    return float(busiest)

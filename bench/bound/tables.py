@@ -45,7 +45,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def summary(flat: Sequence[Outcome], nodes: Sequence[Outcome]) -> dict[str, float]:
     """Each quantile is over all patterns of one model of links, and the worst of all models."""
-    figures: dict[str, float] = {"division_over_optimum_max": max(each.division or 0.0 for each in flat)}
+    figures: dict[str, float] = {"division_over_optimum_max": max(each.division for each in flat)}
     for name in PLANNERS:
         outcomes = [each for each in flat if each.op == name]
         for percent in (50, 99):
@@ -69,19 +69,17 @@ def described(outcome: Outcome) -> dict[str, Any]:
 
 def _print_rows(outcomes: Sequence[Outcome]) -> None:
     for row in rows(outcomes):
-        division = "N/A" if row["division_max"] is None else f"{row['division_max']:.6f}"
         chosen = " ".join(f"{name} {count}" for name, count in row["algorithms"].items())
         print(
             f"{row['links']:>14} {row['pattern']:>7} {row['num_cases']:>5} {row['op']:>14} {row['p50']:>6.3f} "
-            f"{row['p99']:>6.3f} {row['max']:>6.3f} {row['over_universal_p99']:>6.3f} {division:>9}  {chosen}"
-            f"{'' if row['right'] else ' WRONG'}",
+            f"{row['p99']:>6.3f} {row['max']:>6.3f} {row['over_universal_p99']:>6.3f} {row['division_max']:>9.6f}  "
+            f"{chosen}{'' if row['right'] else ' WRONG'}",
             flush=True,
         )
 
 
 def _row(group: Sequence[Outcome]) -> dict[str, Any]:
     ratios = [each.over_reference for each in group]
-    divisions = [each.division for each in group if each.division is not None]
     return {
         "op": group[0].op,
         "links": group[0].links,
@@ -93,7 +91,7 @@ def _row(group: Sequence[Outcome]) -> dict[str, Any]:
         "max": max(ratios),
         "over_universal_p50": _quantile([each.over_universal for each in group], 0.5),
         "over_universal_p99": _quantile([each.over_universal for each in group], 0.99),
-        "division_max": max(divisions, default=None),
+        "division_max": max(each.division for each in group),
         "algorithms": dict(Counter(each.algorithm for each in group).most_common()),
         "right": all(each.right for each in group),
     }
