@@ -40,8 +40,9 @@ def save_picture(plan: Plan, path: str | os.PathLike[str]) -> None:
     Raises:
         InvalidArgument: the file cannot be written; names the path.
     """
+    text = picture(plan)
     try:
-        Path(path).write_text(picture(plan), encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise InvalidArgument(f"Plan.show: expected a writable path, got {path}: {error}") from error
 
