@@ -1,6 +1,7 @@
 #include "plan_simulate.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -313,6 +314,13 @@ class Play {
     Timeline timeline_;
 };
 
+void check(std::span<const Transfer> table, std::size_t world_size) {
+    const auto is_rank = [&](std::int32_t rank) { return rank >= 0 && at(rank) < world_size; };
+    for (const Transfer& each : table)
+        if (!is_rank(each.src) || !is_rank(each.dst) || each.pieces < 1 || each.span < 0)
+            throw std::invalid_argument("simulate: expected ranks of the links, and at least one piece of every row");
+}
+
 // Whether no sum of times can exceed 62 bits: all bytes over all four links on a way, one after the other.
 bool is_short(std::span<const Transfer> table, std::span<const std::int64_t> row_bytes, const Links& links) {
     std::int64_t cost = 1;
@@ -328,6 +336,7 @@ bool is_short(std::span<const Transfer> table, std::span<const std::int64_t> row
 
 Timeline simulate(std::span<const Transfer> table, std::span<const std::int64_t> row_bytes, const Links& links,
                   bool gathers) {
+    check(table, links.world_size());
     if (is_short(table, row_bytes, links)) return Play<std::int64_t>(table, row_bytes, links, gathers).run();
     return Play<Ticks>(table, row_bytes, links, gathers).run();
 }

@@ -16,7 +16,7 @@ struct Timeline {
     std::vector<std::int64_t> sent, arrived;
 };
 
-// row_bytes are the bytes on the wire of each row. Throws std::invalid_argument if a row forwards what is cut otherwise,
+// row_bytes are the bytes on the wire of each row. Throws std::invalid_argument if rows do not fit the links or each other,
 // std::overflow_error if a time does not fit 63 bits.
 Timeline simulate(std::span<const Transfer> table, std::span<const std::int64_t> row_bytes, const Links& links,
                   bool gathers);

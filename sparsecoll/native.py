@@ -8,7 +8,8 @@ The planner takes NumPy arrays, which are contiguous; `sparsecoll.plan.compiled`
 
 Everything runs without the GIL.
 
-``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``E`` experts, ``D`` dim of a token; ``C`` chunks, ``W`` ranks.
+``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``E`` experts, ``D`` dim of a token,
+``C`` chunks, ``W`` ranks.
 """
 
 from __future__ import annotations
@@ -329,12 +330,11 @@ def play_transfers(
         row_bytes: of each row, on the wire.
 
     Raises:
-        InvalidArgument: rows that do not fit the links, ``row_bytes`` or each other.
-        OverflowError: a time beyond 63 bits of ticks.
+        InvalidArgument: rows that do not fit the links, ``row_bytes`` or each other, or a time beyond 63 bits of ticks.
     """
     try:
         return _native.simulate(links, table, row_bytes, gathers)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgument(f"play_transfers: {error}") from None
 
 

@@ -142,7 +142,8 @@ def _busiest(case: Case, src: NDArray[np.int32], dst: NDArray[np.int32], sizes: 
         ):
             loads = np.zeros(len(ticks), np.int64)
             np.add.at(loads, index[which], sizes[which])
-            times.append(int((loads * np.asarray(ticks, np.int64)).max()))
+            # As Python's integers: bytes fit 63 bits, ticks may not.
+            times += [load * cost for load, cost in zip(loads.tolist(), ticks, strict=True)]
     return max(times)
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
 from sparsecoll.plan.bounds import holders_bound_s, universal_bound_s
+from sparsecoll.plan.compiled import simulate
 from sparsecoll.plan.costs import costs_of
 from sparsecoll.plan.explain import explain
 from sparsecoll.plan.picture import save_picture
-from sparsecoll.plan.simulate import Timeline, simulate
+from sparsecoll.plan.simulate import Timeline
 from sparsecoll.plan.trace import save_trace
 from sparsecoll.plan.transfer import freeze
 from sparsecoll.topology import Topology
@@ -96,7 +97,7 @@ class Plan:
         """When each piece travels if links are all that takes time; see `sparsecoll.plan.simulate`."""
         gathers = self.op == "all_gather"
         costs = costs_of(self.topology)
-        return simulate(self.transfers, self.transfer_bytes.tolist(), self.topology.node_of, costs, gathers=gathers)
+        return simulate(self.transfers, self.transfer_bytes, self.topology.node_of, costs, gathers=gathers)
 
     @cached_property
     def predicted_s(self) -> float:

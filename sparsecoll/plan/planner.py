@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from operator import index
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsecoll.errors import InvalidArgument
 from sparsecoll.placement import Placement
-from sparsecoll.plan.algorithms import ALGORITHMS, Case, draft
+from sparsecoll.plan.algorithms import ALGORITHMS, Case
+from sparsecoll.plan.cache import PlanCache
+from sparsecoll.plan.compiled import draft
 from sparsecoll.plan.costs import costs_of
 from sparsecoll.plan.plan import Plan
 from sparsecoll.topology import Topology
@@ -44,7 +46,7 @@ def plan_all_gather(
     """
     _check(place, topology, algorithm)
     sizes = _sizes("chunk_bytes", chunk_bytes, place)
-    return _plan("all_gather", place, sizes, sizes, topology, algorithm, chunk_subset(place, chunks), divisible)
+    return _plan("all_gather", place, sizes, sizes, topology, algorithm, chunks, divisible)
 
 
 def plan_reduce_scatter(
@@ -66,8 +68,7 @@ def plan_reduce_scatter(
     _check(place, topology, algorithm)
     sizes = _sizes("chunk_bytes", chunk_bytes, place)
     partial = sizes if partial_bytes is None else _sizes("partial_bytes", partial_bytes, place)
-    subset = chunk_subset(place, chunks)
-    return _plan("reduce_scatter", place, sizes, partial, topology, algorithm, subset, divisible)
+    return _plan("reduce_scatter", place, sizes, partial, topology, algorithm, chunks, divisible)
 
 
 def chunk_subset(place: Placement, chunks: Iterable[int] | None) -> tuple[int, ...]:
@@ -85,33 +86,41 @@ def chunk_subset(place: Placement, chunks: Iterable[int] | None) -> tuple[int, .
     return subset
 
 
-@lru_cache(maxsize=512)
+_PLANS = PlanCache(max_plans=512, max_bytes=64 << 20)
+
+
 def _plan(
     op: str,
     place: Placement,
-    chunk_bytes: tuple[int, ...],
-    partial_bytes: tuple[int, ...],
+    sizes: NDArray[np.int64],
+    partial_sizes: NDArray[np.int64],
     topology: Topology,
     algorithm: str,
-    chunks: tuple[int, ...],
+    chunks: Iterable[int] | None,
     divisible: bool,
 ) -> Plan:
-    sizes = np.array(chunk_bytes, np.int64)
-    subset = np.array(chunks, np.int64)
-    case = Case(
-        gathers=op == "all_gather",
-        place=place,
-        # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
-        chunks=subset[sizes[subset] > 0],
-        sizes=sizes,
-        partial_sizes=np.array(partial_bytes, np.int64),
-        node_of=topology.node_of,
-        costs=costs_of(topology),
-        divisible=divisible,
-        shared_memory=topology.shared_memory,
-    )
-    made = draft(case, algorithm)
-    return Plan(op, made.algorithm, place, chunks, chunk_bytes, partial_bytes, topology, made.table)
+    subset = np.arange(place.num_chunks) if chunks is None else np.array(chunk_subset(place, chunks), np.int64)
+
+    def make() -> Plan:
+        case = Case(
+            gathers=op == "all_gather",
+            place=place,
+            # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
+            chunks=subset[sizes[subset] > 0],
+            sizes=sizes,
+            partial_sizes=partial_sizes,
+            node_of=topology.node_of,
+            costs=costs_of(topology),
+            divisible=divisible,
+            shared_memory=topology.shared_memory,
+        )
+        made = draft(case, algorithm)
+        chunk_bytes = tuple(sizes.tolist())
+        partial_bytes = chunk_bytes if partial_sizes is sizes else tuple(partial_sizes.tolist())
+        return Plan(op, made.algorithm, place, tuple(subset.tolist()), chunk_bytes, partial_bytes, topology, made.table)
+
+    numbers = subset.tobytes(), sizes.tobytes(), partial_sizes.tobytes()
+    return _PLANS.get((op, place, topology, algorithm, divisible, *numbers), make)
 
 
 def _check(place: Placement, topology: Topology, algorithm: str) -> None:
@@ -125,15 +134,17 @@ def _check(place: Placement, topology: Topology, algorithm: str) -> None:
         raise InvalidArgument(f"plan: expected algorithm auto or {' or '.join(ALGORITHMS)}, got {algorithm!r}")
 
 
-def _sizes(name: str, sizes: Sizes, place: Placement) -> tuple[int, ...]:
+def _sizes(name: str, sizes: Sizes, place: Placement) -> NDArray[np.int64]:
+    """``[num_chunks]``, from one size for all or a list of them."""
     try:
-        listed = tuple(map(index, sizes)) if isinstance(sizes, Iterable) else (index(sizes),) * place.num_chunks
+        listed = list(map(index, sizes)) if isinstance(sizes, Iterable) else [index(sizes)]
     except TypeError:
         raise InvalidArgument(f"plan: expected {name} to be integers, got {sizes}") from None
-    if sum(listed) * place.world_size**2 >= 2**63:
-        raise InvalidArgument(f"plan: expected {name} whose totals over all ranks fit 63 bits, got {sizes}")
-    if len(listed) != place.num_chunks or any(size < 0 for size in listed):
+    repeats = 1 if isinstance(sizes, Iterable) else place.num_chunks
+    if len(listed) * repeats != place.num_chunks or min(listed, default=0) < 0:
         raise InvalidArgument(
             f"plan: expected {name} to be a size or {place.num_chunks} sizes, none negative, got {sizes}"
         )
-    return listed
+    if sum(listed) * max(repeats, 1) * place.world_size**2 >= 2**63:
+        raise InvalidArgument(f"plan: expected {name} whose totals over all ranks fit 63 bits, got {sizes}")
+    return np.full(repeats, listed[0], np.int64) if repeats != 1 else np.array(listed, np.int64)
