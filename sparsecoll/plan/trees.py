@@ -106,12 +106,20 @@ class _Between:
             [node for node in members if node != home] for members, home in zip(self.members, self.homes, strict=True)
         ]
         """For each chunk: the nodes that it must be sent to, ascending."""
-        self.relays, level = self._divide_forwarding()
-        """For each chunk, which holder forwards a range to the other nodes; `_NOBODY` where only one other has it."""
-        self.senders, self.level = self._divide_sending(level)
-        """For each chunk, which holder in the owner's node sends a range out."""
+        division = self._divide()
+        self.level = division.level
+        granule = schedule.granule_bytes
+        self.relays: list[Parts] = []
+        """For each chunk, which holder sends a range to the other nodes but one; `_NOBODY` where only one has it."""
+        self.senders: list[Parts] = []
+        """For each chunk, which holder in the owner's node sends a range to that one, or to the relay elsewhere."""
+        for item, (owner, size) in enumerate(zip(schedule.owners, schedule.sizes, strict=True)):
+            default = owner if len(self.others[item]) > 1 else _NOBODY
+            self.relays.append(_parts(division.shares[2 * item], default, size, granule))
+            self.senders.append(_parts(division.shares[2 * item + 1], owner, size, granule))
 
-    def _divide_forwarding(self) -> tuple[list[Parts], int]:
+    def _divide(self) -> Division:
+        """Two items for each chunk: what holders forward to all other nodes but one, and what must leave its node."""
         schedule = self._schedule
         work, allowed, home = [], [], []
         for item, others in enumerate(self.others):
@@ -119,13 +127,8 @@ class _Between:
             work += [(len(others) - 1) * size if others else 0, (size if len(others) == 1 else first) if others else 0]
             allowed += [schedule.holders[item], self.members[item][self.homes[item]]]
             home += [owner, owner]
-        division = self._divide(work, [0] * len(schedule.node_of), allowed, home, self._arriving())
-        relays = []
-        for item, others in enumerate(self.others):
-            size = schedule.sizes[item]
-            default = schedule.owners[item] if len(others) > 1 else _NOBODY
-            relays.append(_parts(division.shares[2 * item], default, size, schedule.granule_bytes))
-        return relays, division.level
+        base, costs = [0] * len(schedule.node_of), schedule.costs
+        return divide(work, base, allowed, costs.out, self._arriving(), home, schedule.node_of, costs.node)
 
     def _arriving(self) -> int:
         """Ticks that some node, or some rank that is a node's only holder, needs to let its chunks in."""
@@ -140,62 +143,15 @@ class _Between:
         times += [amount * ticks for amount, ticks in zip(ranks, schedule.costs.out, strict=True)]
         return max(times)
 
-    def _divide_sending(self, level: int) -> tuple[list[Parts], int]:
-        """Who sends relays their ranges, now that it is known who sends what to all other nodes by itself."""
-        schedule, node_of = self._schedule, self._schedule.node_of
-        base, work = [0] * len(node_of), []
-        for item, others in enumerate(self.others):
-            given, begin = 0, 0
-            for end, relay in self.relays[item]:
-                if not others:
-                    pass
-                elif relay == _NOBODY:
-                    given += end - begin
-                elif node_of[relay] == self.homes[item]:
-                    base[relay] += (end - begin) * len(others)
-                else:
-                    base[relay] += (end - begin) * (len(others) - 1)
-                    given += (end - begin) * schedule.first_bytes[item] // schedule.sizes[item]
-                begin = end
-            work.append(given)
-        allowed = [members[home] for members, home in zip(self.members, self.homes, strict=True)]
-        division = self._divide(work, base, allowed, schedule.owners, level)
-        return [self._sender_parts(item, shares) for item, shares in enumerate(division.shares)], division.level
 
-    def _sender_parts(self, item: int, shares: list[tuple[int, int]]) -> Parts:
-        """Lays shares along the ranges that are not sent by a relay in the owner's node itself."""
-        schedule, begin, given = self._schedule, 0, 0
-        parts: Parts = []
-        lines = []  # (begin, end, who sends it or _NOBODY)
-        for end, relay in self.relays[item]:
-            at_home = relay != _NOBODY and schedule.node_of[relay] == self.homes[item]
-            lines.append((begin, end, relay if at_home else _NOBODY))
-            given += 0 if at_home else end - begin
-            begin = end
-        cuts = _parts(shares, schedule.owners[item], given, schedule.granule_bytes) if given else []
-        passed, turn = 0, 0  # bytes of ``given`` before this line, and whose turn it is
-        for begin, end, who in lines:
-            if who != _NOBODY:
-                parts.append((end, who))
-                continue
-            while cuts[turn][0] - passed < end - begin:
-                parts.append((begin + cuts[turn][0] - passed, cuts[turn][1]))
-                turn += 1
-            parts.append((end, cuts[turn][1]))
-            passed += end - begin
-            turn += cuts[turn][0] == passed
-        return _joined(parts)
+class _Range(NamedTuple):
+    """What ``carrier`` sends to ``node``; a relay is itself where its range enters."""
 
-    def _divide(
-        self,
-        work: Sequence[int],
-        base: Sequence[int],
-        allowed: Sequence[Sequence[int]],
-        home: Sequence[int],
-        floor: int,
-    ) -> Division:
-        costs = self._schedule.costs
-        return divide(work, base, allowed, costs.out, floor, home, self._schedule.node_of, costs.node)
+    node: int
+    begin: int
+    end: int
+    carrier: int
+    is_relay: bool
 
 
 class _Entries:
@@ -203,17 +159,10 @@ class _Entries:
 
     def __init__(self, schedule: Schedule, between: _Between) -> None:
         self._schedule, self._between = schedule, between
-        self._place_of = _places(schedule.node_of)
-        self._in = [0] * len(schedule.node_of)
-        self.spread = [0] * len(schedule.node_of)
-        """``[W]``, bytes that each rank sends inside its node because it let them in."""
-        self.level = max(between.level, self._least_inside())
-        self.of: list[dict[int, Parts]] = [{} for _ in schedule.sizes]
-        """For each chunk: other node → at which rank a range enters."""
-        self._take_relayed()
-        for item in sorted(range(len(schedule.sizes)), key=lambda item: (-schedule.sizes[item], item)):
-            for node in between.others[item]:
-                self.of[item][node] = self._enter(item, node)
+        self._ranges = [self._ranges_of(item) for item in range(len(schedule.sizes))]
+        self.of, self.spread, self.level = self._divide(max(between.level, self._least_inside()))
+        """For each chunk: other node → at which rank a range enters. For each rank: bytes that it sends inside its node
+        because it let them in."""
 
     def _least_inside(self) -> int:
         """Ticks that some rank needs for what it gets from, or must send to, its own node."""
@@ -228,59 +177,64 @@ class _Entries:
                 sends[schedule.owners[item]] += first
         return max(max(got, sent) * ticks for got, sent, ticks in zip(gets, sends, schedule.costs.up, strict=True))
 
-    def _take_relayed(self) -> None:
-        """What a node relays enters at the rank that forwards it."""
+    def _ranges_of(self, item: int) -> list[_Range]:
+        """Ranges of a chunk on their way from one carrier to one node."""
         between, node_of = self._between, self._schedule.node_of
-        for item, relays in enumerate(between.relays):
-            begin = 0
-            for end, relay in relays:
-                if relay != _NOBODY and node_of[relay] != between.homes[item]:
-                    self._take(relay, end - begin, len(between.members[item][node_of[relay]]) - 1)
-                begin = end
-
-    def _enter(self, item: int, node: int) -> Parts:
-        between, node_of = self._between, self._schedule.node_of
-        parts: Parts = []
+        relays, senders, others = between.relays[item], between.senders[item], between.others[item]
+        ranges = []
         begin = 0
-        for end in sorted({end for end, _ in between.relays[item] + between.senders[item]}):
-            relay = _who(between.relays[item], begin)
-            if relay != _NOBODY and node_of[relay] == node:
-                parts.append((end, relay))
-            else:
-                from_home = relay == _NOBODY or node_of[relay] == between.homes[item]
-                carrier = _who(between.senders[item], begin) if from_home else relay
-                parts += self._enter_range(begin, end, between.members[item][node], self._place_of[carrier])
+        for end in sorted({end for end, _ in relays + senders}) if others else []:
+            relay, sender = _who(relays, begin), _who(senders, begin)
+            at_home = relay == _NOBODY or node_of[relay] == between.homes[item]
+            for number, node in enumerate(others):
+                if not at_home and node == node_of[relay]:
+                    ranges.append(_Range(node, begin, end, relay, True))
+                else:
+                    ranges.append(_Range(node, begin, end, sender if at_home and not number else relay, False))
             begin = end
-        return _joined(parts)
+        return ranges
 
-    def _enter_range(self, begin: int, end: int, ranks: Sequence[int], place: int) -> Parts:
-        """Lets a range in at the rank with its carrier's place in the node, or else where most room is.
+    def _divide(self, floor: int) -> tuple[list[dict[int, Parts]], list[int], int]:
+        """Chooses entries so that neither what ranks let in nor what they then spread is more than it must be.
 
-        Ranks that send at an even pace then fill those that they send to at an even pace too.
+        A range enters at the rank that has its carrier's place in the node, if there is room: ranks that send evenly
+        then fill those that they send to evenly too.
         """
-        granule, fanout = self._schedule.granule_bytes, len(ranks) - 1
-        parts: Parts = []
-        while begin < end:
-            rank = next((rank for rank in ranks if self._place_of[rank] == place), _NOBODY)
-            if rank == _NOBODY or self._room(rank, fanout) < end - begin:
-                rank = max(ranks, key=lambda rank: (self._room(rank, fanout), -rank))
-            length = min(end - begin, self._room(rank, fanout) // granule * granule)
-            if length <= 0 or end - begin - length < granule:
-                length = end - begin
-            self._take(rank, length, fanout)
-            parts.append((begin + length, rank))
-            begin += length
-        return parts
+        schedule, between, costs = self._schedule, self._between, self._schedule.costs
+        place_of = _places(schedule.node_of)
+        base = [0] * len(schedule.node_of)
+        work, allowed, home = [], [], []
+        for item, ranges in enumerate(self._ranges):
+            for each in ranges:
+                ranks = between.members[item][each.node]
+                amount = self._weighed(each.end - each.begin, ranks)
+                if each.is_relay:
+                    base[each.carrier] += amount
+                    continue
+                work.append(amount)
+                allowed.append(ranks)
+                home.append(next((rank for rank in ranks if place_of[rank] == place_of[each.carrier]), _NOBODY))
+        division = divide(work, base, allowed, costs.out, floor, home)
+        entries: list[dict[int, Parts]] = [{node: [] for node in others} for others in between.others]
+        spread = [0] * len(schedule.node_of)
+        shares = iter(division.shares)
+        for item, ranges in enumerate(self._ranges):
+            for each in ranges:
+                length, others = each.end - each.begin, len(between.members[item][each.node]) - 1
+                parts = [(length, each.carrier)]
+                if not each.is_relay:
+                    parts = _parts(next(shares), _NOBODY, length, schedule.granule_bytes)
+                begin = 0
+                for end, rank in parts:
+                    spread[rank] += (end - begin) * others
+                    entries[item][each.node].append((each.begin + end, rank))
+                    begin = end
+        return entries, spread, division.level
 
-    def _room(self, rank: int, fanout: int) -> int:
-        """Bytes that ``rank`` can still let in and spread."""
-        costs = self._schedule.costs
-        room = self.level // costs.out[rank] - self._in[rank]
-        return min(room, (self.level // costs.up[rank] - self.spread[rank]) // fanout) if fanout else room
-
-    def _take(self, rank: int, amount: int, fanout: int) -> None:
-        self._in[rank] += amount
-        self.spread[rank] += amount * fanout
+    def _weighed(self, num_bytes: int, ranks: Sequence[int]) -> int:
+        """Bytes that a rank lets in, or as many as stand for what it costs to spread them where that is more."""
+        costs, rank = self._schedule.costs, ranks[0]
+        return max(num_bytes, num_bytes * (len(ranks) - 1) * costs.up[rank] // costs.out[rank])
 
 
 class _Inside:
@@ -383,16 +337,19 @@ class _Forest:
             if sender == owner and hops:  # else what goes out sets the pace for what its sender gets
                 branches.append(_Branch(hops, carrier, carried, is_relayed, False))
                 hops = []
-            carrier, depth, is_relayed = sender, depth_of[sender], sender != owner
-            if relay != _NOBODY and node_of[relay] != home:
-                hops.append((depth, sender, relay))
-                carrier, depth, is_relayed = relay, depth + 1, True
-                _spread(hops, depth, relay, members[node_of[relay]], relay)
-                entries.remove(relay)
-            for entry in entries:
+            first, *rest = entries
+            if relay == _NOBODY or node_of[relay] == home:
+                carrier, depth = sender if relay == _NOBODY else relay, depth_of[owner if relay == _NOBODY else relay]
+                is_relayed = carrier != owner
+            else:
+                first, rest = relay, [entry for entry in entries if entry != relay]
+                carrier, depth, is_relayed = relay, depth_of[sender] + 1, True
+            hops.append((depth_of[sender], sender, first))
+            _spread(hops, depth_of[sender] + 1, first, members[node_of[first]], first)
+            for entry in rest:
                 hops.append((depth, carrier, entry))
                 _spread(hops, depth + 1, entry, members[node_of[entry]], entry)
-            carried = (end - begin) * len(entries)
+            carried = (end - begin) * max(len(rest), 1)
         if hops:
             branches.append(_Branch(hops, carrier, carried, is_relayed, bool(between.others[item])))
         return _Cell(item, begin, end, branches)
@@ -444,9 +401,11 @@ class _Forest:
             for branch, begin, span in zip(cell.branches, first, spans, strict=True):
                 lag = -(-span // pieces)
                 for hop, src, dst in branch.hops:
-                    stage = begin + hop * lag
-                    last = max(last, stage + span)
-                    row = (-(stage + span), span, dst, src) if self._mirrored else (stage, span, src, dst)
+                    # Pieces of all cells of a line take turns, so that nobody gets much of one and nothing of others.
+                    stage = begin // pieces + hop * lag
+                    end = stage + SLOTS * (pieces - 1) // pieces + lag
+                    last = max(last, end)
+                    row = (-end, SLOTS, dst, src) if self._mirrored else (stage, SLOTS, src, dst)
                     rows.append((*row, chunk, pieces, cell.begin, cell.end, dst in forwards))
         table = np.zeros(len(rows), TRANSFER)  # padding too, as digests see it
         for name, column in zip(TRANSFER.names or (), zip(*rows, strict=True), strict=bool(rows)):
