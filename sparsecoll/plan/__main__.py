@@ -70,9 +70,10 @@ def _owners(options: argparse.Namespace, world_size: int) -> NDArray[np.int64]:
     """``[num_chunks]``, ascending."""
     if options.owner is not None:
         return np.full(options.chunks, options.owner)
-    shares = 1.0 / np.arange(1, world_size + 1) if options.owners == "zipf" else np.ones(world_size)
-    middles = (np.arange(options.chunks) + 0.5) / max(options.chunks, 1)
-    return np.searchsorted(np.cumsum(shares) / shares.sum(), middles)
+    if options.owners == "even":
+        return Placement.even(options.chunks, world_size).owners.astype(np.int64)
+    shares = np.cumsum(1.0 / np.arange(1, world_size + 1))
+    return np.searchsorted(shares / shares[-1], (np.arange(options.chunks) + 0.5) / options.chunks)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
