@@ -150,6 +150,8 @@ def simulate(
             home, away = node_of[rank], node_of[peer]
             passes = [(node_leaving, home, costs.node[home]), (node_entering, away, costs.node[away]), *passes]
         for free, index, cost in passes:
+            if not cost:  # nothing is shared, so nobody waits for anybody there
+                continue
             begin = max(begin, free[index])
             end = max(end, begin + num_bytes * cost)
             free[index] = end
