@@ -93,7 +93,7 @@ def lanes_of(plan: Plan) -> tuple[Pieces, list[Lane]]:
 
 
 def _pieces(plan: Plan) -> Pieces:
-    times, table = plan.timeline, plan.transfers
+    times, table = plan.timeline, plan.played
     row, number = times.row.astype(np.int64), times.piece.astype(np.int64)
     count, total = table["pieces"][row].astype(np.int64), plan.transfer_bytes[row]
     chunk, src = table["chunk"][row].astype(np.int64), table["src"][row].astype(np.int64)

@@ -19,7 +19,7 @@ from sparsecoll.plan.explain import explain
 from sparsecoll.plan.picture import save_picture
 from sparsecoll.plan.simulate import Timeline
 from sparsecoll.plan.trace import save_trace
-from sparsecoll.plan.transfer import freeze
+from sparsecoll.plan.transfer import TRANSFER, Table, freeze, in_rounds
 from sparsecoll.topology import Topology
 
 __all__ = ["Plan"]
@@ -93,11 +93,16 @@ class Plan:
         return freeze(arrivals + sent_sums + zeros)
 
     @cached_property
+    def played(self) -> Table:
+        """``transfers`` as `timeline` counts their pieces: those that are all posted at once travel side by side."""
+        return in_rounds(self.transfers)
+
+    @cached_property
     def timeline(self) -> Timeline:
-        """When each piece travels if links are all that takes time; see `sparsecoll.plan.simulate`."""
+        """When each piece of ``played`` travels if links are all that takes time; see `sparsecoll.plan.simulate`."""
         gathers = self.op == "all_gather"
         costs = costs_of(self.topology)
-        return simulate(self.transfers, self.transfer_bytes, self.topology.node_of, costs, gathers=gathers)
+        return simulate(self.played, self.transfer_bytes, self.topology.node_of, costs, gathers=gathers)
 
     @cached_property
     def predicted_s(self) -> float:
@@ -121,7 +126,8 @@ class Plan:
         content.update(f"{self.op} {self.algorithm} {self.place.digest} {len(self.chunks)} ".encode())
         for numbers in (self.chunks, self.chunk_bytes, self.partial_bytes):
             content.update(np.asarray(numbers, "<i8").tobytes())
-        content.update(self.transfers.tobytes())
+        for name in TRANSFER.names or ():  # one by one, as a table may have anything between its columns
+            content.update(np.ascontiguousarray(self.transfers[name]).tobytes())
         return content.hexdigest()
 
     def explain(self) -> str:

@@ -118,7 +118,7 @@ def _timed(plan: Plan, pieces: Pieces, lanes: list[Lane]) -> Iterator[str]:
     places = [f'"pid":{_process(plan, lane)},"tid":{_thread(plan, lanes, n)}' for n, lane in enumerate(lanes)]
     marks = [(plan.bound_s, "bound"), (plan.universal_bound_s, "universal bound"), (plan.predicted_s, "predicted")]
     instants = sorted((round(seconds * 1e9), name) for seconds, name in marks)
-    texts = _slice_texts(pieces, plan.transfers["pieces"])
+    texts = _slice_texts(pieces, plan.played["pieces"])
     events = _events(plan, pieces, lanes)
     for ns, kind, lane, piece, ns_long, arrow in zip(*(column.tolist() for column in events), strict=True):
         while instants and instants[0][0] < ns:
@@ -180,7 +180,7 @@ def _events(plan: Plan, pieces: Pieces, lanes: list[Lane]) -> _Events:
 
 def _forwards(plan: Plan, pieces: Pieces) -> tuple[Integers, Integers]:
     """Pairs of pieces: one that arrives, and one that it is forwarded as or added to."""
-    table = plan.transfers
+    table = plan.played
     needs = needs_of(table, gathers=plan.op == "all_gather")
     counts = table["pieces"].astype(np.int64)
     starts = np.cumsum(counts) - counts

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GRANULE_BYTES", "LEAD", "SLOTS", "TRANSFER", "Table", "freeze", "piece_bounds", "transfer_table"]
+__all__ = [
+    "GRANULE_BYTES",
+    "LEAD",
+    "SLOTS",
+    "TRANSFER",
+    "Table",
+    "freeze",
+    "in_rounds",
+    "piece_bounds",
+    "transfer_table",
+]
 
 Table = NDArray[Any]
 
@@ -23,6 +33,8 @@ of random placements a longer tail, shorter ones too (`docs/bounds.md`).
 
 GRANULE_BYTES = 64
 """Chunks are cut at multiples of this, a multiple of the size of any element."""
+
+_ROUNDS = 16
 
 TRANSFER = np.dtype(
     [
@@ -55,6 +67,16 @@ def transfer_table(stage: Any, src: Any, dst: Any, chunk: Any, end: Any, partial
     for name, column in zip(TRANSFER.names or (), columns, strict=True):
         table[name] = column
     return freeze(table)
+
+
+def in_rounds(table: Table) -> Table:
+    """Messages that are posted together share their links, which comes to the same as if they went piece by piece."""
+    if not len(table) or table["stage"].any() or (table["pieces"] != 1).any():
+        return table
+    rounds = table.copy()
+    rounds["pieces"] = _ROUNDS
+    rounds["span"] = LEAD  # all of them may come at any time
+    return freeze(rounds)
 
 
 def piece_bounds(begin: int, end: int, pieces: int) -> list[int]:
