@@ -21,11 +21,11 @@ Integers = NDArray[np.int64]
 
 
 class Pieces(NamedTuple):
-    """Columns, with an entry for each piece in the order of the plan's timeline.
+    """Columns, with an entry for each piece of ``plan.played`` in the order of the plan's timeline.
 
     Attributes:
-        row: its transfer in the Plan.
-        number: which of the transfer's pieces.
+        row: its transfer.
+        number: which of the transfer's pieces; of messages that share their links, which part of it.
         chunk, src, dst: what travels, from where, to where.
         bytes: on the wire.
         forwarded: whether a relay passes on what it has received, or the sum that it has made.

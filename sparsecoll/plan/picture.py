@@ -63,7 +63,7 @@ def picture(plan: Plan) -> str:
         colours="\n".join(_colours(chunks)),
         height=_lane_height(len(rows)),
         drawing="\n".join(_svg(plan, rows, bars, axis)) if chunks else "<p>Nothing travels.</p>",
-        note=_note(bars, least / axis.ticks_per_unit, leaves_out=len(rows) < len(lanes)),
+        note=_note(plan, bars, least / axis.ticks_per_unit, leaves_out=len(rows) < len(lanes)),
         text=escape(explain(plan)),
         links=escape(plan.topology.table()),
         data=_data(plan, bars, axis),
@@ -282,13 +282,16 @@ def _colour(number: int) -> str:
     return f"oklch({(0.62, 0.74, 0.52)[number % 3]} 0.14 {(250 + number * 137.508) % 360:.0f})"
 
 
-def _note(bars: list[list[Bar]], least: float, *, leaves_out: bool) -> str:
+def _note(plan: Plan, bars: list[list[Bar]], least: float, *, leaves_out: bool) -> str:
     num_bars, num_pieces = sum(map(len, bars)), sum(bar.num_pieces for row in bars for bar in row)
     notes = [
         "Each lane is one direction of a link; the number behind it is the share of the predicted time in which it is "
         "busy. Times are those of the plan if links are all that takes time. What arrives is drawn when it is there, a "
         "latency after it has left."
     ]
+    if plan.played is not plan.transfers and len(plan.transfers):
+        parts = int(plan.played["pieces"][0])
+        notes.append(f"Messages that are posted together share their links; each is drawn in {parts} parts.")
     if leaves_out:
         notes.append("Idle links of ranks that use another one are left out.")
     if num_bars < num_pieces:
