@@ -130,10 +130,12 @@ std::pair<nb::object, Shares> divide(const std::vector<std::int64_t>& work, cons
                                      const std::vector<std::int32_t>& home, const std::vector<std::int32_t>& pool_of,
                                      const std::vector<std::int64_t>& pool_cost) {
     const std::vector<std::span<const std::int32_t>> bins(allowed.begin(), allowed.end());
-    const plan::Division division = plan::divide({work, bins, home}, {base, cost, pool_of, pool_cost}, floor);
+    const std::vector<plan::Amount> amounts(work.begin(), work.end()), bases(base.begin(), base.end());
+    const plan::Division division = plan::divide({amounts, bins, home}, {bases, cost, pool_of, pool_cost}, floor);
     Shares shares(work.size());
     for (std::size_t item = 0; item < work.size(); ++item)
-        for (const plan::Share& share : division.of(item)) shares[item].emplace_back(share.bin, share.bytes);
+        for (const plan::Share& share : division.of(item))
+            shares[item].emplace_back(share.bin, static_cast<std::int64_t>(share.amount));
     return {int_of(division.level), std::move(shares)};
 }
 

@@ -12,6 +12,9 @@ namespace sparsecoll::plan {
 // A time: up to 63 bits of bytes, times up to 25 bits of ticks for each.
 using Ticks = __int128;
 
+// Bytes, or as many as stand for what they cost elsewhere.
+using Amount = __int128;
+
 // A row of sparsecoll.plan.transfer.TRANSFER. Its padding is written too, as digests are of all its bytes.
 struct Transfer {
     std::int32_t stage, span, src, dst, chunk, pieces;

@@ -1,6 +1,7 @@
 #include "plan_division.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 #include <stdexcept>
 
@@ -8,7 +9,7 @@ namespace sparsecoll::plan {
 namespace {
 
 constexpr int rate_bits = 40;
-constexpr std::int64_t endless = std::int64_t{1} << 62;
+constexpr Amount endless = Amount{1} << 62;
 constexpr std::int32_t nowhere = -1, unseen = -2;
 
 std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
@@ -46,33 +47,33 @@ class Filling {
     struct Done {
         std::int32_t bin;
         std::int32_t next;
-        std::int64_t bytes;
+        Amount amount;
     };
 
     Ticks average() const;
     void set_level(Ticks level);
-    Ticks own_room(std::int32_t bin) const { return capacity_[at(bin)] - used_[at(bin)]; }
-    Ticks pool_room(std::int32_t pool) const {
-        return bins_.pool_cost[at(pool)] ? pool_capacity_[at(pool)] - pool_used_[at(pool)] : Ticks{endless};
+    Amount own_room(std::int32_t bin) const { return capacity_[at(bin)] - used_[at(bin)]; }
+    Amount pool_room(std::int32_t pool) const {
+        return bins_.pool_cost[at(pool)] ? pool_capacity_[at(pool)] - pool_used_[at(pool)] : endless;
     }
-    Ticks room(std::int32_t bin) const { return std::min(own_room(bin), pool_room(pool_of_[at(bin)])); }
+    Amount room(std::int32_t bin) const { return std::min(own_room(bin), pool_room(pool_of_[at(bin)])); }
     void fill(std::int32_t item);
-    std::int64_t& done(std::int32_t item, std::int32_t bin);
-    void move(std::int32_t item, std::int32_t bin, std::int64_t bytes);
+    Amount& done(std::int32_t item, std::int32_t bin);
+    void move(std::int32_t item, std::int32_t bin, Amount amount);
     void list_items_on_bins();
     void move_along(std::int32_t end);
 
     Work work_;
     Bins bins_;
     std::vector<std::int32_t> pool_of_;
-    std::vector<std::int64_t> used_, pool_used_;
-    std::vector<Ticks> capacity_, pool_capacity_;  // bytes that an account may have at this level
+    std::vector<Amount> used_, pool_used_;
+    std::vector<Amount> capacity_, pool_capacity_;  // that an account may have at this level
     Ticks level_ = 0;
     std::vector<Done> done_;
     std::vector<std::int32_t> first_done_;  // of each item, into done_
     std::vector<std::int32_t> left_;        // items, in their order
-    std::vector<std::int64_t> rest_;        // of each item
-    std::vector<std::pair<Ticks, std::int32_t>> roomy_;
+    std::vector<Amount> rest_;              // of each item
+    std::vector<std::pair<Amount, std::int32_t>> roomy_;
     // Of exchanges: the items that have something on a bin, ascending; and how far the last search came.
     std::vector<std::vector<std::int32_t>> items_on_;
     std::vector<Pools> pools_;                             // one, once needed
@@ -88,8 +89,8 @@ Filling::Filling(const Work& work, const Bins& bins, Ticks floor)
       bins_(bins),
       pool_of_(bins.pool_of.begin(), bins.pool_of.end()),
       used_(bins.base.begin(), bins.base.end()),
-      first_done_(work.bytes.size(), nowhere),
-      rest_(work.bytes.begin(), work.bytes.end()) {
+      first_done_(work.amounts.size(), nowhere),
+      rest_(work.amounts.begin(), work.amounts.end()) {
     static constexpr std::int64_t no_pool_cost[] = {0};
     if (pool_of_.empty()) pool_of_.assign(used_.size(), 0);
     if (bins_.pool_cost.empty()) bins_.pool_cost = no_pool_cost;
@@ -109,9 +110,9 @@ Filling::Filling(const Work& work, const Bins& bins, Ticks floor)
     });
 
     Ticks level = std::max(floor, average());
-    for (std::size_t bin = 0; bin < used_.size(); ++bin) level = std::max(level, Ticks{used_[bin]} * bins.cost[bin]);
+    for (std::size_t bin = 0; bin < used_.size(); ++bin) level = std::max(level, used_[bin] * bins.cost[bin]);
     for (std::size_t pool = 0; pool < pool_used_.size(); ++pool)
-        level = std::max(level, Ticks{pool_used_[pool]} * bins_.pool_cost[pool]);
+        level = std::max(level, pool_used_[pool] * bins_.pool_cost[pool]);
     set_level(level);
 
     done_.reserve(2 * left_.size() + 64);
@@ -123,7 +124,7 @@ Filling::Filling(const Work& work, const Bins& bins, Ticks floor)
 Ticks Filling::average() const {
     if (left_.empty()) return 0;
     std::vector<char> is_allowed(used_.size());
-    Ticks total = 0;
+    Amount total = 0;
     std::int64_t rates = 0;
     for (std::int32_t item : left_) {
         total += rest_[at(item)];
@@ -151,7 +152,7 @@ void Filling::set_level(Ticks level) {
 
 // Gives an item to its home, or to the roomiest bins and the rest to the tightest that holds it.
 void Filling::fill(std::int32_t item) {
-    std::int64_t& rest = rest_[at(item)];
+    Amount& rest = rest_[at(item)];
     if (!work_.home.empty() && work_.home[at(item)] >= 0 && room(work_.home[at(item)]) >= rest) {
         move(item, work_.home[at(item)], rest);
         rest = 0;
@@ -164,7 +165,7 @@ void Filling::fill(std::int32_t item) {
     });
     for (std::size_t position = 0; position < roomy_.size(); ++position) {
         std::int32_t bin = roomy_[position].second;
-        const Ticks space = room(bin);  // less than when it was sorted, if one of its pool has taken something
+        const Amount space = room(bin);  // less than when it was sorted, if one of its pool has taken something
         if (space >= rest) {
             for (std::size_t other = position + 1; other < roomy_.size(); ++other) {
                 if (room(roomy_[other].second) < rest) break;
@@ -175,30 +176,30 @@ void Filling::fill(std::int32_t item) {
             return;
         }
         if (space > 0) {
-            move(item, bin, static_cast<std::int64_t>(space));
-            rest -= static_cast<std::int64_t>(space);
+            move(item, bin, space);
+            rest -= space;
         }
     }
 }
 
-std::int64_t& Filling::done(std::int32_t item, std::int32_t bin) {
+Amount& Filling::done(std::int32_t item, std::int32_t bin) {
     std::int32_t* link = &first_done_[at(item)];
     while (*link != nowhere && done_[at(*link)].bin != bin) link = &done_[at(*link)].next;
     if (*link == nowhere) {
         const auto fresh = static_cast<std::int32_t>(done_.size());
         *link = fresh;  // before the vector grows, as the link may be in it
         done_.push_back({bin, nowhere, 0});
-        return done_.back().bytes;
+        return done_.back().amount;
     }
-    return done_[at(*link)].bytes;
+    return done_[at(*link)].amount;
 }
 
-void Filling::move(std::int32_t item, std::int32_t bin, std::int64_t bytes) {
-    used_[at(bin)] += bytes;
-    pool_used_[at(pool_of_[at(bin)])] += bytes;
-    std::int64_t& share = done(item, bin);
+void Filling::move(std::int32_t item, std::int32_t bin, Amount amount) {
+    used_[at(bin)] += amount;
+    pool_used_[at(pool_of_[at(bin)])] += amount;
+    Amount& share = done(item, bin);
     const bool had_some = share != 0;
-    share += bytes;
+    share += amount;
     if (items_on_.empty() || had_some == (share != 0)) return;
     auto& items = items_on_[at(bin)];
     const auto place = std::lower_bound(items.begin(), items.end(), item);
@@ -213,7 +214,7 @@ void Filling::list_items_on_bins() {
     items_on_.resize(used_.size());
     for (std::size_t item = 0; item < first_done_.size(); ++item)
         for (std::int32_t link = first_done_[item]; link != nowhere; link = done_[at(link)].next)
-            if (done_[at(link)].bytes) items_on_[at(done_[at(link)].bin)].push_back(static_cast<std::int32_t>(item));
+            if (done_[at(link)].amount) items_on_[at(done_[at(link)].bin)].push_back(static_cast<std::int32_t>(item));
     pools_.emplace_back(pool_of_, pool_used_.size());
 }
 
@@ -267,33 +268,33 @@ bool Filling::exchange() {
 
 void Filling::move_along(std::int32_t end) {
     std::vector<std::pair<std::int32_t, std::int32_t>> path;  // item and where to, from the end backwards
-    Ticks most = room(end);
+    Amount amount = room(end);
     for (std::int32_t bin = end;;) {
         const std::int32_t item = came_from_[at(bin)];
         path.emplace_back(item, bin);
         bin = left_bin_[at(item)];
         if (bin == nowhere) break;
-        most = std::min(most, Ticks{done(item, bin)});
+        amount = std::min(amount, done(item, bin));
         if (through_[at(bin)] != nowhere) {
             bin = through_[at(bin)];
-            most = std::min(most, own_room(bin));
+            amount = std::min(amount, own_room(bin));
         }
     }
     const std::int32_t first = path.back().first;
-    const auto bytes = static_cast<std::int64_t>(std::min(most, Ticks{rest_[at(first)]}));
+    amount = std::min(amount, rest_[at(first)]);
     for (const auto& [item, to] : path) {
-        move(item, to, bytes);
-        if (left_bin_[at(item)] != nowhere) move(item, left_bin_[at(item)], -bytes);
+        move(item, to, amount);
+        if (left_bin_[at(item)] != nowhere) move(item, left_bin_[at(item)], -amount);
     }
-    rest_[at(first)] -= bytes;
+    rest_[at(first)] -= amount;
     if (!rest_[at(first)]) std::erase(left_, first);
 }
 
 // To where the accounts that the last search found full hold what is left over.
 void Filling::raise_level() {
-    Ticks left = 0;
+    Amount left = 0;
     for (std::int32_t item : left_) left += rest_[at(item)];
-    std::int64_t rates = 0, least = endless, most = 0;
+    std::int64_t rates = 0, least = INT64_MAX, most = 0;
     const auto count = [&](std::int64_t cost) {
         rates += (std::int64_t{1} << rate_bits) / cost;
         least = std::min(least, cost);
@@ -315,7 +316,7 @@ Division Filling::result() const {
     for (std::int32_t first : first_done_) {
         const auto begin = static_cast<std::ptrdiff_t>(division.shares.size());
         for (std::int32_t link = first; link != nowhere; link = done_[at(link)].next)
-            if (done_[at(link)].bytes) division.shares.push_back({done_[at(link)].bin, done_[at(link)].bytes});
+            if (done_[at(link)].amount) division.shares.push_back({done_[at(link)].bin, done_[at(link)].amount});
         std::sort(division.shares.begin() + begin, division.shares.end(),
                   [](const Share& a, const Share& b) { return a.bin < b.bin; });
         division.begins.push_back(division.shares.size());

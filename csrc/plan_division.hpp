@@ -13,21 +13,22 @@ constexpr std::int32_t nobody = -1;
 
 // Spans have an entry for each item; home may be empty, or nobody.
 struct Work {
-    std::span<const std::int64_t> bytes;
+    std::span<const Amount> amounts;
     std::span<const std::span<const std::int32_t>> allowed;  // ascending bins
     std::span<const std::int32_t> home;
 };
 
 // Spans have an entry for each bin, pool_cost for each pool; both spans of pools may be empty.
 struct Bins {
-    std::span<const std::int64_t> base, cost;
+    std::span<const Amount> base;
+    std::span<const std::int64_t> cost;
     std::span<const std::int32_t> pool_of;
     std::span<const std::int64_t> pool_cost;
 };
 
 struct Share {
     std::int32_t bin;
-    std::int64_t bytes;
+    Amount amount;
 };
 
 struct Division {

@@ -61,27 +61,34 @@ Ticks expect_direct(const Case& given, const Holdings& holdings) {
 }
 
 Table make_direct(const Case& given, const Holdings& holdings) {
-    // Ordered by how far the holder is from the owner, counted upwards, and then by chunk.
-    const auto world_size = static_cast<std::int64_t>(given.links.world_size());
-    const auto distance = [&](std::int32_t owner, std::int32_t holder) {
-        return holder >= owner ? holder - owner : holder - owner + world_size;
+    // Ordered by how far the holder is from the owner, counted upwards, and then by chunk. Pairs are sorted first, as
+    // rows are many times as large.
+    struct Pair {
+        std::uint32_t item;
+        std::int32_t holder;
     };
+    const auto world_size = static_cast<std::int32_t>(given.links.world_size());
     std::vector<std::size_t> next(at(world_size) + 1);
-    for (std::size_t item = 0; item < holdings.size(); ++item)
-        for (std::int32_t holder : holdings.of(item))
-            ++next[at(distance(given.owners[at(holdings.chunks[item])], holder)) + 1];
-    next[1] = 0;  // the owners themselves
+    const auto for_each = [&](auto use) {
+        for (std::size_t item = 0; item < holdings.size(); ++item) {
+            const std::int32_t owner = given.owners[at(holdings.chunks[item])];
+            for (std::int32_t holder : holdings.of(item))
+                if (holder != owner) use(item, holder, at(holder - owner + (holder < owner ? world_size : 0)));
+        }
+    };
+    for_each([&](std::size_t, std::int32_t, std::size_t distance) { ++next[distance + 1]; });
     std::partial_sum(next.begin(), next.end(), next.begin());
-    Table table = table_of(next.back());
-    for (std::size_t item = 0; item < holdings.size(); ++item) {
+    std::vector<Pair> pairs(next.back());
+    for_each([&](std::size_t item, std::int32_t holder, std::size_t distance) {
+        pairs[next[distance]++] = {static_cast<std::uint32_t>(item), holder};
+    });
+    Table table = table_of(pairs.size());
+    Transfer* row = table.rows.get();
+    for (const auto& [item, holder] : pairs) {
         const std::int64_t chunk = holdings.chunks[item];
         const std::int32_t owner = given.owners[at(chunk)];
-        for (std::int32_t holder : holdings.of(item)) {
-            if (holder == owner) continue;
-            const std::int32_t src = given.gathers ? owner : holder, dst = given.gathers ? holder : owner;
-            table.rows[next[at(distance(owner, holder))]++] =
-                whole_chunk(0, src, dst, chunk, given.sizes[at(chunk)], false);
-        }
+        *row++ = whole_chunk(0, given.gathers ? owner : holder, given.gathers ? holder : owner, chunk,
+                             given.sizes[at(chunk)], false);
     }
     return table;
 }
@@ -156,11 +163,15 @@ Ticks Ring::expect(std::optional<Ticks> limit) const {
 Table Ring::make() const {
     Table table = table_of(num_stages() * given_.chunks.size());
     Transfer* row = table.rows.get();
+    std::vector<std::size_t> senders;
+    for (std::int64_t chunk : given_.chunks) senders.push_back(sender(at(given_.owners[at(chunk)]), 0));
     for (std::size_t stage = 0; stage < num_stages(); ++stage) {
+        std::size_t* src = senders.data();
         for (std::int64_t chunk : given_.chunks) {
-            const std::size_t src = sender(at(given_.owners[at(chunk)]), stage);
-            *row++ = whole_chunk(static_cast<std::int64_t>(stage), static_cast<std::int64_t>(src),
-                                 static_cast<std::int64_t>(receiver(src)), chunk, given_.sizes[at(chunk)], sums(stage));
+            const std::size_t dst = receiver(*src);
+            *row++ = whole_chunk(static_cast<std::int64_t>(stage), static_cast<std::int64_t>(*src),
+                                 static_cast<std::int64_t>(dst), chunk, given_.sizes[at(chunk)], sums(stage));
+            *src++ = dst;
         }
     }
     return table;

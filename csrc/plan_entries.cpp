@@ -1,5 +1,3 @@
-#include <numeric>
-
 #include "plan_shares.hpp"
 
 namespace sparsecoll::plan {
@@ -7,179 +5,150 @@ namespace {
 
 std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
 
-Ticks divide_down(Ticks amount, std::int64_t by) { return amount >= 0 ? amount / by : -((-amount + by - 1) / by); }
-
-// A range of a chunk that other nodes let in alike.
-struct Stretch {
+// What the carrier sends to a node; a relay is itself where its range enters.
+struct Range {
     std::int64_t begin, end;
-    std::int32_t relay;    // or nobody
-    std::int32_t carrier;  // who sends it to other nodes
+    std::int32_t carrier;
+    bool is_relay;
+    std::span<const std::int32_t> ranks;  // that hold the chunk there
+
+    std::int64_t length() const { return end - begin; }
+    std::int64_t fanout() const { return static_cast<std::int64_t>(ranks.size()) - 1; }
 };
 
-class Filling {
-  public:
-    Filling(const Schedule& schedule, const Between& between);
+// Ranges of all chunks. Those of an item come node by node within each stretch of it, as many as it has other nodes.
+struct Ranges {
+    std::vector<Range> all;
+    std::vector<std::size_t> begins{0};  // of each item
 
-    Entries run() &&;
-
-  private:
-    Ticks least_inside() const;
-    void take_relayed();
-    void list_stretches(std::size_t item);
-    void enter(std::size_t item, const Group& group);
-    void enter_range(std::int64_t begin, std::int64_t end, std::span<const std::int32_t> ranks, std::int32_t place);
-    Ticks room(std::int32_t rank, std::int64_t fanout) const {
-        const Ticks space = in_capacity_[at(rank)] - in_[at(rank)];
-        if (!fanout) return space;
-        return std::min(space, divide_down(spread_capacity_[at(rank)] - entries_.spread[at(rank)], fanout));
-    }
-    void take(std::int32_t rank, std::int64_t bytes, std::int64_t fanout) {
-        in_[at(rank)] += bytes;
-        entries_.spread[at(rank)] += bytes * fanout;
+    Ranges(const Schedule& schedule, const Between& between) {
+        std::vector<std::int64_t> cuts;
+        for (std::size_t item = 0; item < schedule.size(); ++item) {
+            if (schedule.num_others(item)) add(schedule, item, between.relays.of(item), between.senders.of(item), cuts);
+            begins.push_back(all.size());
+        }
     }
 
-    const Schedule& schedule_;
-    const Between& between_;
-    std::vector<std::int32_t> place_of_;  // how many lower ranks share a rank's node
-    std::vector<std::int64_t> in_;
-    std::vector<Ticks> in_capacity_, spread_capacity_;
-    std::vector<Stretch> stretches_;  // of one item
-    Entries entries_;
-};
-
-Filling::Filling(const Schedule& schedule, const Between& between) : schedule_(schedule), between_(between) {
-    const Links& links = schedule.links;
-    const std::size_t world_size = links.world_size();
-    std::vector<std::int32_t> count(links.node.size());
-    for (std::int32_t node : links.node_of) place_of_.push_back(count[at(node)]++);
-    in_.resize(world_size);
-    entries_.spread.resize(world_size);
-    entries_.begins.resize(schedule.size());
-    entries_.level = std::max(between.level, least_inside());
-    for (std::size_t rank = 0; rank < world_size; ++rank) {
-        in_capacity_.push_back(entries_.level / links.out[rank]);
-        spread_capacity_.push_back(entries_.level / links.up[rank]);
-    }
-}
-
-// Ticks that some rank needs for what it gets from, or must send to, its own node.
-Ticks Filling::least_inside() const {
-    std::vector<std::int64_t> gets(in_.size()), sends(in_.size());
-    for (std::size_t item = 0; item < schedule_.size(); ++item) {
-        const auto inside = schedule_.at_home(item);
-        const std::int64_t size = schedule_.sizes[item];
-        for (std::int32_t rank : inside) gets[at(rank)] += rank != schedule_.owners[item] ? size : 0;
-        if (inside.size() > 1)
-            sends[at(schedule_.owners[item])] += inside.size() == 2 ? size : schedule_.first_bytes[item];
-    }
-    Ticks most = 0;
-    for (std::size_t rank = 0; rank < gets.size(); ++rank)
-        most = std::max(most, Ticks{std::max(gets[rank], sends[rank])} * schedule_.links.up[rank]);
-    return most;
-}
-
-Entries Filling::run() && {
-    take_relayed();
-    std::vector<std::size_t> order(schedule_.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-        return schedule_.sizes[a] != schedule_.sizes[b] ? schedule_.sizes[a] > schedule_.sizes[b] : a < b;
-    });
-    std::size_t count = 0;
-    for (std::size_t item : order) {
-        entries_.begins[item] = count;
-        if (!schedule_.num_others(item)) continue;
-        count += schedule_.num_others(item);
-        list_stretches(item);
-        for (const Group& group : schedule_.groups(item))
-            if (group.node != schedule_.homes[item]) enter(item, group);
-    }
-    return std::move(entries_);
-}
-
-// What a node relays enters at the rank that forwards it.
-void Filling::take_relayed() {
-    for (std::size_t item = 0; item < schedule_.size(); ++item) {
+    void add(const Schedule& schedule, std::size_t item, Parts relays, Parts senders, std::vector<std::int64_t>& cuts) {
+        cuts.clear();
+        for (const Part& part : relays) cuts.push_back(part.end);
+        for (const Part& part : senders) cuts.push_back(part.end);
+        std::sort(cuts.begin(), cuts.end());
+        cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+        Cursor relay_at(relays), sender_at(senders);
         std::int64_t begin = 0;
-        for (const auto& [end, relay] : between_.relays.of(item)) {
-            if (relay != nobody && schedule_.node_of(relay) != schedule_.homes[item]) {
-                const std::size_t num_ranks = schedule_.members(item, schedule_.node_of(relay)).size();
-                take(relay, end - begin, static_cast<std::int64_t>(num_ranks) - 1);
+        for (std::int64_t end : cuts) {
+            const std::int32_t relay = relay_at.at(begin), sender = sender_at.at(begin);
+            const std::int32_t relay_node = relay == nobody ? schedule.homes[item] : schedule.node_of(relay);
+            const bool at_home = relay_node == schedule.homes[item];
+            bool is_first = true;
+            for (const Group& group : schedule.groups(item)) {
+                if (group.node == schedule.homes[item]) continue;
+                const bool is_relay = !at_home && group.node == relay_node;
+                const std::int32_t carrier = at_home && is_first ? sender : relay;
+                all.push_back({begin, end, carrier, is_relay, group.ranks});
+                is_first = false;
             }
             begin = end;
         }
     }
-}
+};
 
-void Filling::list_stretches(std::size_t item) {
-    const Parts relays = between_.relays.of(item), senders = between_.senders.of(item);
-    std::vector<std::int64_t> cuts;
-    for (const Part& part : relays) cuts.push_back(part.end);
-    for (const Part& part : senders) cuts.push_back(part.end);
-    std::sort(cuts.begin(), cuts.end());
-    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-    stretches_.clear();
-    Cursor relay_at(relays), sender_at(senders);
-    std::int64_t begin = 0;
-    for (std::int64_t end : cuts) {
-        const std::int32_t relay = relay_at.at(begin);
-        const bool from_home = relay == nobody || schedule_.node_of(relay) == schedule_.homes[item];
-        stretches_.push_back({begin, end, relay, from_home ? sender_at.at(begin) : relay});
-        begin = end;
+// Ticks that some rank needs for what it gets from, or must send to, its own node.
+Ticks least_inside(const Schedule& schedule) {
+    std::vector<std::int64_t> gets(schedule.links.world_size()), sends(schedule.links.world_size());
+    for (std::size_t item = 0; item < schedule.size(); ++item) {
+        const auto inside = schedule.at_home(item);
+        const std::int64_t size = schedule.sizes[item];
+        for (std::int32_t rank : inside) gets[at(rank)] += rank != schedule.owners[item] ? size : 0;
+        if (inside.size() > 1)
+            sends[at(schedule.owners[item])] += inside.size() == 2 ? size : schedule.first_bytes[item];
     }
+    Ticks most = 0;
+    for (std::size_t rank = 0; rank < gets.size(); ++rank)
+        most = std::max(most, Ticks{std::max(gets[rank], sends[rank])} * schedule.links.up[rank]);
+    return most;
 }
 
-void Filling::enter(std::size_t, const Group& group) {
-    auto& parts = entries_.entrances.parts();
-    const std::size_t first = parts.size();
-    for (const auto& [begin, end, relay, carrier] : stretches_) {
-        if (relay != nobody && schedule_.node_of(relay) == group.node) {
-            parts.push_back({end, relay});
-        } else {
-            enter_range(begin, end, group.ranks, place_of_[at(carrier)]);
+// Divides entries so that neither what ranks let in nor what they then spread is more than it must be. A range enters
+// at the rank that has its carrier's place in the node, if there is room.
+Division divide_entries(const Schedule& schedule, const Ranges& ranges, Ticks floor) {
+    const Links& links = schedule.links;
+    std::vector<std::int32_t> place_of, counts(links.node.size());  // how many lower ranks share a rank's node
+    for (std::int32_t node : links.node_of) place_of.push_back(counts[at(node)]++);
+    std::vector<Amount> base(links.world_size()), amounts;
+    std::vector<std::span<const std::int32_t>> allowed;
+    std::vector<std::int32_t> home;
+    for (const Range& range : ranges.all) {
+        // Bytes that a rank lets in, or as many as stand for what it costs to spread them where that is more.
+        const std::int32_t rank = range.ranks[0];
+        const Amount spread = Amount{range.length()} * range.fanout() * links.up[at(rank)] / links.out[at(rank)];
+        const Amount amount = std::max(Amount{range.length()}, spread);
+        if (range.is_relay) {
+            base[at(range.carrier)] += amount;
+            continue;
         }
+        const std::int32_t place = place_of[at(range.carrier)];
+        const auto twin = std::find_if(range.ranks.begin(), range.ranks.end(),
+                                       [&](std::int32_t each) { return place_of[at(each)] == place; });
+        amounts.push_back(amount);
+        allowed.push_back(range.ranks);
+        home.push_back(twin == range.ranks.end() ? nobody : *twin);
     }
-    join_parts(parts, first);
-    entries_.entrances.close();
-}
-
-// Lets a range in at the rank with its carrier's place in the node, or else where most room is.
-void Filling::enter_range(std::int64_t begin, std::int64_t end, std::span<const std::int32_t> ranks,
-                          std::int32_t place) {
-    const std::int64_t granule = schedule_.granule_bytes();
-    const auto fanout = static_cast<std::int64_t>(ranks.size()) - 1;
-    const auto twin = std::find_if(ranks.begin(), ranks.end(), [&](std::int32_t r) { return place_of_[at(r)] == place; });
-    while (begin < end) {
-        std::int32_t rank = twin == ranks.end() ? nobody : *twin;
-        if (rank == nobody || room(rank, fanout) < end - begin) {
-            rank = ranks[0];
-            for (std::int32_t other : ranks)
-                if (room(other, fanout) > room(rank, fanout)) rank = other;
-        }
-        Ticks length = std::min(Ticks{end - begin}, divide_down(room(rank, fanout), granule) * granule);
-        if (length <= 0 || end - begin - length < granule) length = end - begin;
-        take(rank, static_cast<std::int64_t>(length), fanout);
-        begin += static_cast<std::int64_t>(length);
-        entries_.entrances.parts().push_back({begin, rank});
-    }
+    return divide({amounts, allowed, home}, {base, links.out, {}, {}}, floor);
 }
 
 }  // namespace
 
-Entries share_entries(const Schedule& schedule, const Between& between) { return Filling(schedule, between).run(); }
+Entries share_entries(const Schedule& schedule, const Between& between) {
+    const Ranges ranges(schedule, between);
+    const Division division = divide_entries(schedule, ranges, std::max(between.level, least_inside(schedule)));
+    Entries entries{{}, {}, std::vector<std::int64_t>(schedule.links.world_size()), division.level};
+    std::vector<std::size_t> number_of;  // of each range that is no relay's: its item of the division
+    std::size_t count = 0;
+    for (const Range& range : ranges.all) number_of.push_back(range.is_relay ? 0 : count++);
+    auto& parts = entries.entrances.parts();
+    std::size_t num_partitions = 0;
+    for (std::size_t item = 0; item < schedule.size(); ++item) {
+        const std::size_t num_others = schedule.num_others(item);
+        entries.begins.push_back(num_partitions);
+        num_partitions += num_others;
+        for (std::size_t other = 0; other < num_others; ++other) {
+            for (std::size_t index = ranges.begins[item] + other; index < ranges.begins[item + 1]; index += num_others) {
+                const Range& range = ranges.all[index];
+                const std::size_t first = parts.size();
+                if (range.is_relay) {
+                    parts.push_back({range.length(), range.carrier});
+                } else {
+                    add_parts(parts, division.of(number_of[index]), nobody, range.length(), schedule.granule_bytes());
+                }
+                std::int64_t begin = 0;
+                for (std::size_t part = first; part < parts.size(); ++part) {
+                    const std::int64_t end = parts[part].end;
+                    entries.spread[at(parts[part].who)] += (end - begin) * range.fanout();
+                    parts[part].end += range.begin;
+                    begin = end;
+                }
+            }
+            entries.entrances.close();
+        }
+    }
+    return entries;
+}
 
 Partitions share_inside(const Schedule& schedule, const Entries& entries) {
-    std::vector<std::int64_t> base = entries.spread, bytes;
+    std::vector<Amount> base(entries.spread.begin(), entries.spread.end()), amounts;
     std::vector<std::span<const std::int32_t>> allowed;
     for (std::size_t item = 0; item < schedule.size(); ++item) {
         const auto ranks = schedule.at_home(item);
         const auto count = static_cast<std::int64_t>(ranks.size());
         const std::int64_t size = schedule.sizes[item];
         if (count > 1) base[at(schedule.owners[item])] += count == 2 ? size : schedule.first_bytes[item];
-        bytes.push_back(count > 2 ? (count - 2) * size : 0);
+        amounts.push_back(count > 2 ? (count - 2) * size : 0);
         allowed.push_back(count > 2 ? ranks : std::span<const std::int32_t>());
     }
-    const Division division = divide({bytes, allowed, schedule.owners}, {base, schedule.links.up, {}, {}}, entries.level);
+    const Links& links = schedule.links;
+    const Division division = divide({amounts, allowed, schedule.owners}, {base, links.up, {}, {}}, entries.level);
     Partitions relays;
     for (std::size_t item = 0; item < schedule.size(); ++item) {
         add_parts(relays.parts(), division.of(item), schedule.owners[item], schedule.sizes[item],

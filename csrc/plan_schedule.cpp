@@ -5,6 +5,14 @@ namespace {
 
 constexpr std::int64_t no_node_cost[] = {0};
 
+// size * part / total, rounded down, for a part of at most the total.
+std::int64_t scaled(std::int64_t size, Amount part, Amount total) {
+    if (total < Amount{1} << 63) return static_cast<std::int64_t>(part * size / total);
+    const Amount high = part * (size >> 32);  // in two steps, as the product may have more than 127 bits
+    const Amount low = (high % total << 32) + part * (size & 0xffffffff);
+    return static_cast<std::int64_t>((high / total << 32) + low / total);
+}
+
 }  // namespace
 
 Schedule::Schedule(const Case& given, const Holdings& holdings_, bool has_levels)
@@ -51,28 +59,14 @@ void add_parts(std::vector<Part>& parts, std::span<const Share> shares, std::int
         return;
     }
     const std::size_t first = parts.size();
-    Ticks total = 0, done = 0;
-    for (const Share& share : shares) total += share.bytes;
+    Amount total = 0, done = 0;
+    for (const Share& share : shares) total += share.amount;
     for (const Share& share : shares) {
-        done += share.bytes;
-        const Ticks end = done < total ? (done * size / total + granule / 2) / granule * granule : Ticks{size};
-        if (end > (parts.size() > first ? parts.back().end : 0))
-            parts.push_back({static_cast<std::int64_t>(std::min(end, Ticks{size})), share.bin});
+        done += share.amount;
+        const std::int64_t end = done < total ? (scaled(size, done, total) + granule / 2) / granule * granule : size;
+        if (end > (parts.size() > first ? parts.back().end : 0)) parts.push_back({std::min(end, size), share.bin});
     }
     if (parts.back().end < size) parts.back().end = size;
-}
-
-void join_parts(std::vector<Part>& parts, std::size_t begin) {
-    std::size_t count = begin;
-    for (std::size_t index = begin; index < parts.size(); ++index) {
-        const Part part = parts[index];
-        if (count > begin && (parts[count - 1].who == part.who || part.end <= parts[count - 1].end)) {
-            parts[count - 1].end = std::max(part.end, parts[count - 1].end);
-        } else {
-            parts[count++] = part;
-        }
-    }
-    parts.resize(count);
 }
 
 }  // namespace sparsecoll::plan

@@ -100,7 +100,4 @@ struct Schedule {
 void add_parts(std::vector<Part>& parts, std::span<const Share> shares, std::int32_t owner, std::int64_t size,
                std::int64_t granule);
 
-// Takes empty ranges out of those from begin on, and makes neighbours of one rank one.
-void join_parts(std::vector<Part>& parts, std::size_t begin);
-
 }  // namespace sparsecoll::plan

@@ -9,16 +9,16 @@
 namespace sparsecoll::plan {
 
 struct Between {
-    Partitions relays;   // of each item: who forwards a range to the other nodes; nobody where only one other has it
-    Partitions senders;  // of each item: who in the owner's node sends a range out
+    Partitions relays;   // of each item: who sends a range to the other nodes but one; nobody where only one has it
+    Partitions senders;  // of each item: who in the owner's node sends a range to that one, or to the relay elsewhere
     Ticks level;
 };
 
 Between share_between(const Schedule& schedule);
 
 struct Entries {
-    Partitions entrances;             // of each node but the owner's: at whom a range comes in
-    std::vector<std::size_t> begins;  // of each item, into entrances; its other nodes ascend
+    Partitions entrances;              // of each node but the owner's: at whom a range comes in
+    std::vector<std::size_t> begins;   // of each item, into entrances; its other nodes ascend
     std::vector<std::int64_t> spread;  // of each rank: bytes that it sends inside its node because it let them in
     Ticks level;
 };

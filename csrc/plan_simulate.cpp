@@ -265,6 +265,7 @@ class Play {
         push(end, pieces_.size() + port);
         const auto pass = [&](Time& free, std::int64_t ticks) {
             if (!ticks) return;  // nothing is shared, so nobody waits for anybody there
+            if (!ticks) return;  // nothing is shared, so nobody waits for anybody there
             begin = std::max(begin, free);
             end = std::max(end, begin + bytes * ticks);
             free = end;

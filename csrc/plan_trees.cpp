@@ -7,7 +7,7 @@
 namespace sparsecoll::plan {
 namespace {
 
-constexpr std::int64_t slots = 1024;
+constexpr std::int32_t slots = 1024;
 constexpr std::int64_t most_pieces = 32;
 constexpr std::int64_t least_piece_bytes = 1 << 16;
 constexpr std::int64_t messages_per_latency = 256;
@@ -68,7 +68,7 @@ void Trees::add_cells(const Between& between, const Entries& entries, const Part
     }
 }
 
-void Trees::add_cell(std::size_t item, std::int64_t begin, std::int64_t end, Roles& roles) {
+void Trees::add_cell(std::size_t item, std::int64_t begin, std::int64_t end, const Roles& roles) {
     const std::int32_t owner = schedule_.owners[item], home = schedule_.homes[item];
     const auto at_home = schedule_.at_home(item);
     const std::size_t first_hop = hops_.size();
@@ -80,25 +80,31 @@ void Trees::add_cell(std::size_t item, std::int64_t begin, std::int64_t end, Rol
     if (crosses) {
         // Else what goes out sets the pace for what its sender gets.
         if (roles.sender == owner && hops_.size() > first_hop) add_branch(carrier, carried, is_relayed, false);
-        std::int32_t depth = roles.sender == owner ? 0 : roles.sender == carrier || !is_relayed ? 1 : 2;
-        carrier = roles.sender;
+        const std::int32_t inside_relay = carrier, relay = roles.relay;
+        const auto depth_of = [&](std::int32_t rank) {
+            return rank == owner ? 0 : rank == inside_relay || inside_relay == owner ? 1 : 2;
+        };
+        const std::int32_t sender_depth = depth_of(roles.sender);
+        const bool is_away = relay != nobody && schedule_.node_of(relay) != home;
+        const std::int32_t first = is_away ? relay : roles.entrances[0];
+        carrier = relay == nobody ? roles.sender : relay;
+        const std::int32_t depth = is_away ? sender_depth + 1 : depth_of(carrier);
         is_relayed = carrier != owner;
-        if (roles.relay != nobody && schedule_.node_of(roles.relay) != home) {
-            hops_.push_back({depth++, carrier, roles.relay});
-            carrier = roles.relay;
-            is_relayed = true;
-            spread(depth, carrier, schedule_.members(item, schedule_.node_of(carrier)), carrier);
-            std::erase(roles.entrances, carrier);
-        }
-        for (std::int32_t entrance : roles.entrances) {
-            hops_.push_back({depth, carrier, entrance});
-            spread(depth + 1, entrance, schedule_.members(item, schedule_.node_of(entrance)), entrance);
-        }
-        carried = (end - begin) * static_cast<std::int64_t>(roles.entrances.size());
+        enter(item, sender_depth, roles.sender, first);
+        for (std::int32_t entrance : roles.entrances)
+            if (entrance != first) enter(item, depth, carrier, entrance);
+        const auto num_others = static_cast<std::int64_t>(roles.entrances.size());
+        carried = (end - begin) * std::max<std::int64_t>(num_others - 1, 1);
     }
     if (hops_.size() > (branches_.empty() ? 0 : branches_.back().end_hop))
         add_branch(carrier, carried, is_relayed, crosses);
     cells_.push_back({item, begin, end, branches_.size(), hops_.size()});
+}
+
+// Adds the hops into another node, and those inside it.
+void Trees::enter(std::size_t item, std::int32_t depth, std::int32_t src, std::int32_t entrance) {
+    hops_.push_back({depth, src, entrance});
+    spread(depth + 1, entrance, schedule_.members(item, schedule_.node_of(entrance)), entrance);
 }
 
 // Adds the hops from the source to all of the ranks, through the relay.
@@ -184,11 +190,12 @@ Table Trees::table() const {
             const std::int64_t lag = (turn.span + pieces - 1) / pieces;
             for (; hop < branches_[branch].end_hop; ++hop) {
                 const auto& [depth, src, dst] = hops_[hop];
-                const auto stage = static_cast<std::int32_t>(turn.begin + depth * lag);
-                const auto end = static_cast<std::int32_t>(stage + turn.span);
+                // Pieces of all cells of a line take turns, so that nobody gets much of one and nothing of others.
+                const auto stage = static_cast<std::int32_t>(turn.begin / pieces + depth * lag);
+                const auto end = static_cast<std::int32_t>(stage + slots * (pieces - 1) / pieces + lag);
                 last = std::max(last, end);
                 table.rows[hop] = {mirrored_ ? -end : stage,
-                                   static_cast<std::int32_t>(turn.span),
+                                   slots,
                                    mirrored_ ? dst : src,
                                    mirrored_ ? src : dst,
                                    chunk,

@@ -58,7 +58,8 @@ class Trees {
     };
 
     void add_cells(const Between& between, const Entries& entries, const Partitions& inside);
-    void add_cell(std::size_t item, std::int64_t begin, std::int64_t end, Roles& roles);
+    void add_cell(std::size_t item, std::int64_t begin, std::int64_t end, const Roles& roles);
+    void enter(std::size_t item, std::int32_t depth, std::int32_t src, std::int32_t entrance);
     void spread(std::int32_t depth, std::int32_t source, std::span<const std::int32_t> ranks, std::int32_t relay);
     void add_branch(std::int32_t carrier, std::int64_t carried_bytes, bool is_relayed, bool crosses);
     void measure();
