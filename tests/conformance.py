@@ -6,6 +6,7 @@ so that they are exact in every dtype; expected results come from `sparsecoll.re
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -16,9 +17,12 @@ import torch
 
 import sparsecoll as sc
 from sparsecoll import reference
+from sparsecoll.plan.transfer import GRANULE_BYTES
+from sparsecoll.transport.base import Counters
 
 Check = Callable[[sc.Group], None]
 
+ALGORITHMS = ["direct", "relay", "hierarchical", "dense"]
 FLOATS = ["float32", "float64", "bfloat16", "float16"]
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8"]
 
@@ -43,6 +47,14 @@ def placements(world_size: int) -> dict[str, sc.Placement]:
         ),
         "random": sc.Placement(owners, mask),
     }
+
+
+def in_pieces(plan: sc.Plan, most: int = 6) -> sc.Plan:
+    """The same plan with more and smaller pieces than it is worth, for chunks that may be cut."""
+    table = plan.transfers.copy()
+    possible = (table["end"] - table["begin"]) // GRANULE_BYTES
+    table["pieces"] = np.maximum(table["pieces"], np.clip(possible, 1, most))
+    return dataclasses.replace(plan, transfers=table)
 
 
 def row(chunk: int, rank: int, size: int, dtype: str) -> torch.Tensor:
@@ -90,8 +102,20 @@ def reduce_expectation(place: sc.Placement, size: int, dtype: str, rank: int, op
 def variants(world_size: int, dtypes: list[str]) -> list[tuple[str, str]]:
     """Algorithms and dtypes to combine; with many threads as ranks, not all of them."""
     if world_size > 16:
-        return [("direct", "bfloat16"), ("direct", "int64"), ("auto", "float32")]
-    return [(algorithm, dtype) for algorithm in ("direct", "dense", "auto") for dtype in dtypes]
+        return [("direct", "bfloat16"), ("direct", "int64"), ("relay", "float16"), ("auto", "float32")]
+    # Each dtype with each way of moving, and the others with those dtypes that take the most different paths.
+    few = [dtype for dtype in dtypes if dtype in ("bfloat16", "int64")]
+    return [(algorithm, dtype) for algorithm in ("direct", "relay") for dtype in dtypes] + [
+        (algorithm, dtype) for algorithm in ("hierarchical", "dense", "auto") for dtype in few
+    ]
+
+
+def topologies(world_size: int) -> list[sc.Topology]:
+    """All ranks on one node, and a few on each of several."""
+    per_node = 2 if world_size <= 16 else 8
+    link = sc.Link(1e9, 1e-6)
+    nodes = tuple(rank // per_node for rank in range(world_size))
+    return [sc.Topology.flat(world_size, link), sc.Topology(nodes, sc.Link(1e10, 1e-6), link)]
 
 
 def check_all_gather(group: sc.Group) -> None:
@@ -121,9 +145,11 @@ def check_reduce_scatter(group: sc.Group) -> None:
 
 def check_mean(group: sc.Group) -> None:
     place = placements(group.world_size)["random"]
-    held = rows(place.held_by(group.rank), group.rank, 8, "float64")
-    owned = sc.sparse_reduce_scatter(held, place, op="mean", group=group)
-    np.testing.assert_allclose(exact(owned), reduce_expectation(place, 8, "float64", group.rank, "mean"), rtol=1e-15)
+    held = rows(place.held_by(group.rank), group.rank, 100, "float64")
+    expected = reduce_expectation(place, 100, "float64", group.rank, "mean")
+    for algorithm in ("auto", "relay", "hierarchical"):
+        owned = sc.sparse_reduce_scatter(held, place, op="mean", group=group, algorithm=algorithm)
+        np.testing.assert_allclose(exact(owned), expected, rtol=1e-15)
 
 
 def check_chunks(group: sc.Group) -> None:
@@ -158,24 +184,146 @@ def check_chunks(group: sc.Group) -> None:
 def check_bytes_sent(group: sc.Group) -> None:
     """What the transport counted is what the Plan said, to the byte and the message."""
     for place in placements(group.world_size).values():
-        for algorithm in ("direct", "dense") if group.world_size <= 16 else ("direct",):
-            shard = rows(place.owned_by(group.rank), group.rank, 5, "float16")
-            plan = sc.plan_all_gather(place, 10, group.topology, algorithm)
+        for algorithm in ALGORITHMS if group.world_size <= 16 else ["direct", "relay"]:
+            shard = rows(place.owned_by(group.rank), group.rank, 100, "float16")
+            plan = sc.plan_all_gather(place, 200, group.topology, algorithm)
             before = group.stats()
             held = sc.sparse_all_gather(shard, place, group=group, plan=plan)
             gathered = group.stats().since(before)
             assert gathered.sent_bytes == plan.sent_bytes[group.rank]
             assert gathered.received_bytes == plan.received_bytes[group.rank]
             assert gathered.sent_messages == plan.sent_transfers[group.rank]
-            back = sc.plan_reduce_scatter(place, 10, group.topology, algorithm, partial_bytes=20)
+            back = sc.plan_reduce_scatter(place, 200, group.topology, algorithm, partial_bytes=400)
             before = group.stats()
             sc.sparse_reduce_scatter(held, place, group=group, plan=back)
             reduced = group.stats().since(before)
             assert reduced.sent_bytes == back.sent_bytes[group.rank]
             assert reduced.received_bytes == back.received_bytes[group.rank]
+            assert reduced.sent_messages == back.sent_transfers[group.rank]
     if group.world_size > 1:
-        direct = sc.plan_all_gather(place, 10, group.topology, "direct")
-        assert direct.sent_bytes.sum() == 10 * (place.holders.sum() - place.num_chunks)
+        for algorithm in ("direct", "relay", "hierarchical"):
+            plan = sc.plan_all_gather(place, 200, group.topology, algorithm)
+            assert plan.sent_bytes.sum() == 200 * (place.holders.sum() - place.num_chunks)
+
+
+def check_pieces(group: sc.Group) -> None:
+    """Chunks that relays forward piece by piece, on one level and between nodes, with sums wider than what they sum:
+    contents, bytes and messages."""
+    size = 3_000
+    is_small = group.world_size <= 16
+    for name in ("one owner of everything", "all held by all", "random") if is_small else ("random",):
+        place = placements(group.world_size)[name]
+        for topology in topologies(group.world_size):
+            kinds = [("relay", "bfloat16"), ("hierarchical", "bfloat16"), ("relay", "float32")]
+            for algorithm, dtype in kinds if is_small else kinds[1:2]:
+                width = getattr(torch, dtype).itemsize
+                plan = in_pieces(sc.plan_all_gather(place, width * size, topology, algorithm))
+                before = group.stats()
+                shard = rows(place.owned_by(group.rank), group.rank, size, dtype)
+                held = sc.sparse_all_gather(shard, place, group=group, plan=plan)
+                _check_moved(group.stats().since(before), plan, group.rank)
+                np.testing.assert_array_equal(exact(held), gather_expectation(place, size, dtype, group.rank))
+                plan = sc.plan_reduce_scatter(place, width * size, topology, algorithm, partial_bytes=4 * size)
+                plan = in_pieces(plan)
+                before = group.stats()
+                gradients = rows(place.held_by(group.rank), group.rank, size, dtype)
+                owned = sc.sparse_reduce_scatter(gradients, place, group=group, plan=plan)
+                _check_moved(group.stats().since(before), plan, group.rank)
+                expected = reduce_expectation(place, size, dtype, group.rank, "sum")
+                np.testing.assert_array_equal(exact(owned), expected)
+
+
+def _check_moved(moved: Counters, plan: sc.Plan, rank: int) -> None:
+    assert moved.sent_bytes == plan.sent_bytes[rank] and moved.received_bytes == plan.received_bytes[rank]
+    assert moved.sent_messages == plan.sent_transfers[rank]
+
+
+def check_pieces_of_segments(group: sc.Group) -> None:
+    """A piece may have bytes of several tensors of a chunk, whose dtypes decide whether it may be cut at all."""
+    place = placements(group.world_size)["random"]
+    cases = {
+        ("float32", "bfloat16"): False,  # sums of the one are as wide as it is, of the other twice
+        ("float16", "bfloat16"): True,
+        ("float32", "float64"): True,
+        ("int16", "float64"): False,  # the second begins between its own elements
+    }
+    for topology in topologies(group.world_size):
+        for dtypes, divisible in cases.items():
+            sizes = (3001, 2000) if dtypes[0] == "int16" else (3000, 2000)
+            for algorithm in ("relay", "hierarchical"):
+                if group.world_size <= 16 or (algorithm == "hierarchical" and dtypes[0] == "float16"):
+                    _check_segments(group, place, topology, algorithm, dtypes, sizes, divisible)
+    if group.world_size <= 16:
+        for algorithm in ("relay", "hierarchical"):
+            _check_ragged(group, place, topologies(group.world_size)[1], algorithm)
+
+
+def _check_segments(
+    group: sc.Group,
+    place: sc.Placement,
+    topology: sc.Topology,
+    algorithm: str,
+    dtypes: tuple[str, str],
+    sizes: tuple[int, int],
+    divisible: bool,
+) -> None:
+    kinds = [getattr(torch, dtype) for dtype in dtypes]
+    chunk_bytes = sum(size * kind.itemsize for size, kind in zip(sizes, kinds, strict=True))
+    partial_bytes = sum(
+        size * max(kind.itemsize, 4 * kind.is_floating_point) for size, kind in zip(sizes, kinds, strict=True)
+    )
+    plan = in_pieces(sc.plan_all_gather(place, chunk_bytes, topology, algorithm))
+    shard = tuple(
+        rows(place.owned_by(group.rank), group.rank, size, dtype) for size, dtype in zip(sizes, dtypes, strict=True)
+    )
+    before = group.stats()
+    held = sc.sparse_all_gather(shard, place, group=group, plan=plan)
+    assert group.stats().since(before).sent_bytes == plan.sent_bytes[group.rank]
+    for part, size, dtype in zip(held, sizes, dtypes, strict=True):
+        np.testing.assert_array_equal(exact(part), gather_expectation(place, size, dtype, group.rank))
+    plan = sc.plan_reduce_scatter(
+        place, chunk_bytes, topology, algorithm, partial_bytes=partial_bytes, divisible=divisible
+    )
+    gradients = tuple(
+        rows(place.held_by(group.rank), group.rank, size, dtype) for size, dtype in zip(sizes, dtypes, strict=True)
+    )
+    if divisible:
+        plan = in_pieces(plan)
+    for one in (plan, None):  # the call's own plan is just as careful
+        before = group.stats()
+        more = {"plan": one} if one else {"algorithm": algorithm}
+        owned = sc.sparse_reduce_scatter(gradients, place, group=group, **more)
+        for part, size, dtype in zip(owned, sizes, dtypes, strict=True):
+            np.testing.assert_array_equal(exact(part), reduce_expectation(place, size, dtype, group.rank, "sum"))
+        if one:
+            assert group.stats().since(before).sent_bytes == plan.sent_bytes[group.rank]
+
+
+def _check_ragged(group: sc.Group, place: sc.Placement, topology: sc.Topology, algorithm: str) -> None:
+    """Lists: chunks of nothing, of less than can be cut, and of many pieces."""
+    sizes = [(0, 5, 4_000, 30_001)[chunk % 4] for chunk in range(place.num_chunks)]
+
+    def made(chunks: Any) -> list[torch.Tensor]:
+        return [row(int(chunk), group.rank, sizes[chunk], "bfloat16") for chunk in chunks]
+
+    plan = in_pieces(sc.plan_all_gather(place, [2 * size for size in sizes], topology, algorithm))
+    before = group.stats()
+    held = sc.sparse_all_gather(made(place.owned_by(group.rank)), place, group=group, plan=plan)
+    _check_moved(group.stats().since(before), plan, group.rank)
+    for chunk, each in zip(place.held_by(group.rank), held, strict=True):
+        expected = row(int(chunk), int(place.owners[chunk]), sizes[chunk], "bfloat16")
+        np.testing.assert_array_equal(exact(each), exact(expected))
+    plan = sc.plan_reduce_scatter(
+        place, [2 * size for size in sizes], topology, algorithm, partial_bytes=[4 * size for size in sizes]
+    )
+    plan = in_pieces(plan)
+    before = group.stats()
+    owned = sc.sparse_reduce_scatter(made(place.held_by(group.rank)), place, group=group, plan=plan)
+    _check_moved(group.stats().since(before), plan, group.rank)
+    for chunk, total in zip(place.owned_by(group.rank), owned, strict=True):
+        holders = np.flatnonzero(place.holders[chunk])
+        expected = sum(exact(row(int(chunk), r, sizes[chunk], "bfloat16")) for r in holders)
+        np.testing.assert_array_equal(exact(total), expected)
 
 
 def check_tuple_and_list(group: sc.Group) -> None:
@@ -240,9 +388,9 @@ def check_async(group: sc.Group) -> None:
     """Several in flight, of changing sizes, waited for in another order; a blocking one queues behind them."""
     place = placements(group.world_size)["random"]
     works = []
-    for size in (1, 300, 7, 64):
+    for size, algorithm in ((1, "auto"), (300, "relay"), (100_000, "relay"), (7, "auto"), (9_999, "hierarchical")):
         shard = rows(place.owned_by(group.rank), group.rank, size, "float32")
-        works.append((size, sc.sparse_all_gather(shard, place, group=group, async_op=True)))
+        works.append((size, sc.sparse_all_gather(shard, place, group=group, async_op=True, algorithm=algorithm)))
     counts = [2] * group.world_size
     x = torch.full((2 * group.world_size, 3), float(group.rank))
     moved = sc.all_to_all(x, counts, group=group)
@@ -315,20 +463,53 @@ def check_gradients(group: sc.Group) -> None:
     np.testing.assert_array_equal(exact(x.grad), np.stack([expected_rows] * 2, axis=1))
 
 
+def awkward(chunks: Any, rank: int, size: int, dtype: str) -> torch.Tensor:
+    """Values of many magnitudes, whose sum depends on the order."""
+    made = []
+    for chunk in chunks:
+        seeded = torch.Generator().manual_seed(1000 * int(chunk) + rank)
+        values = torch.randn(size, generator=seeded, dtype=torch.float64)
+        made.append((values * 10 ** (values * 3)).to(getattr(torch, dtype)))
+    return torch.stack(made) if made else torch.empty((0, size), dtype=getattr(torch, dtype))
+
+
 def check_bitwise_repeatable(group: sc.Group) -> None:
-    """For one Plan, sums of awkward numbers are the same bits every time; digests of them can be compared outside."""
+    """For one Plan, sums of awkward numbers are the same bits every time."""
     place = placements(group.world_size)["all held by all"]
     for dtype in FLOATS:
-        for algorithm in ("direct", "dense") if group.world_size <= 16 else ("direct",):
-            seeded = torch.Generator().manual_seed(group.rank)
-            held = torch.randn((len(place.held_by(group.rank)), 1025), generator=seeded, dtype=torch.float64)
-            held = (held * 10 ** (held * 3)).to(getattr(torch, dtype))
+        for algorithm in ALGORITHMS if group.world_size <= 16 else ["direct"]:
+            held = awkward(place.held_by(group.rank), group.rank, 1025, dtype)
             first, *others = (
                 sc.sparse_reduce_scatter(held, place, group=group, algorithm=algorithm).view(torch.uint8).numpy()
                 for _ in range(3)
             )
             for other in others:
                 np.testing.assert_array_equal(first, other)
+
+
+def check_sums_are_those_of_threads(group: sc.Group) -> None:
+    """For one Plan, sums of awkward numbers are the same bits on every transport: here as on threads as ranks."""
+    if group.world_size > 16:
+        return
+    place = placements(group.world_size)["all held by all"]
+    dtypes = ("bfloat16", "float32")
+    plans = [
+        (dtype, in_pieces(sc.plan_reduce_scatter(place, itemsize * 999, topology, algorithm, partial_bytes=4 * 999)))
+        for topology in topologies(group.world_size)
+        for algorithm in ALGORITHMS
+        for dtype, itemsize in zip(dtypes, (2, 4), strict=True)
+    ]
+
+    def sums(any_group: sc.Group) -> list[bytes]:
+        held = {dtype: awkward(place.held_by(any_group.rank), any_group.rank, 999, dtype) for dtype in dtypes}
+        results = [sc.sparse_reduce_scatter(held[dtype], place, group=any_group, plan=plan) for dtype, plan in plans]
+        return [result.view(torch.uint8).numpy().tobytes() for result in results]
+
+    mine = sums(group)
+    for (_, plan), here, there in zip(plans, mine, sc.run_local(sums, group.world_size)[group.rank], strict=True):
+        assert here == there, plan
+    if group.world_size > 2:
+        assert len(set(mine[1::2])) > 1, "in float32 the order of summation shows"
 
 
 def check_errors(group: sc.Group) -> None:

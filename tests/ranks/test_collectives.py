@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,24 @@ import pytest
 import torch
 
 import sparsecoll as sc
-from tests.conformance import CHECKS
+from tests.conformance import CHECKS, in_pieces
+from tests.plans import Range, pieces_of
 
 WORLD_SIZES = [1, 2, 3, 4, 7, 128]
 # Those whose subject is not the checking itself.
-UNCHECKED = ["all_gather", "reduce_scatter", "bytes_sent", "tuple_and_list", "all_to_all", "async", "gradients"]
+UNCHECKED = [
+    "all_gather",
+    "reduce_scatter",
+    "mean",
+    "bytes_sent",
+    "pieces",
+    "pieces_of_segments",
+    "tuple_and_list",
+    "all_to_all",
+    "async",
+    "gradients",
+    "bitwise_repeatable",
+]
 
 
 @pytest.mark.timeout(180)
@@ -62,11 +77,14 @@ def test_a_checked_call_exchanges_one_record() -> None:
     sc.run_local(main, 3)
 
 
-def awkward(chunk: int, rank: int, dtype: torch.dtype, size: int = 257) -> torch.Tensor:
+SIZE = 257
+
+
+def awkward(chunk: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
     """Values of many magnitudes and both signs, whose sum depends on the order, zeros of both signs among them."""
     generator = torch.Generator().manual_seed(1000 * chunk + rank)
-    values = torch.randn(size, generator=generator, dtype=torch.float64)
-    values *= 2.0 ** torch.randint(-9, 6, (size,), generator=generator)
+    values = torch.randn(SIZE, generator=generator, dtype=torch.float64)
+    values *= 2.0 ** torch.randint(-9, 6, (SIZE,), generator=generator)
     values[:4] = torch.tensor([0.0, -0.0, 1.0, -1.0])
     values[4] = -0.0
     return values.to(dtype)
@@ -82,7 +100,7 @@ def random_placement(num_chunks: int, world_size: int, seed: int) -> sc.Placemen
 
 def held_rows(place: sc.Placement, rank: int, dtype: torch.dtype) -> torch.Tensor:
     made = [awkward(int(chunk), rank, dtype) for chunk in place.held_by(rank)]
-    return torch.stack(made) if made else torch.empty((0, 257), dtype=dtype)
+    return torch.stack(made) if made else torch.empty((0, SIZE), dtype=dtype)
 
 
 def sum_by_hand(plan: sc.Plan, dtype: torch.dtype, op: str) -> dict[int, torch.Tensor]:
@@ -90,49 +108,63 @@ def sum_by_hand(plan: sc.Plan, dtype: torch.dtype, op: str) -> dict[int, torch.T
 
     An own contribution comes first, then arrivals in the order of the plan; a relay passes on its sum in float32.
     """
-    place = plan.place
-    arrived: dict[tuple[int, int], list[torch.Tensor]] = {}
+    place, width = plan.place, dtype.itemsize
+    arrived: dict[tuple[int, int, Range], list[tuple[int, torch.Tensor]]] = defaultdict(list)
 
-    def total(rank: int, chunk: int) -> torch.Tensor:
-        terms = [awkward(chunk, rank, dtype).float()] if place.holders[chunk, rank] else []
-        first, *others = [*terms, *arrived.get((rank, chunk), [])]
-        result = first.clone()
-        for term in others:
+    def own(rank: int, chunk: int, begin: int, end: int) -> torch.Tensor:
+        return awkward(chunk, rank, dtype).float()[begin // width : end // width]
+
+    def total(rank: int, chunk: int, span: Range) -> torch.Tensor:
+        terms = [own(rank, chunk, *span)] if place.holders[chunk, rank] else []
+        terms += [term for _, term in sorted(arrived[rank, chunk, span], key=lambda each: each[0])]
+        result = terms[0].clone()
+        for term in terms[1:]:
             result += term
         return result
 
-    for stage in np.unique(plan.transfers["stage"]):
+    for _, pieces in groupby(pieces_of(plan), key=lambda piece: piece.stage):
         landing = []
-        for _, src, dst, chunk, partial in plan.transfers[plan.transfers["stage"] == stage].tolist():
-            if partial:
-                payload = total(src, chunk)
-            elif place.holders[chunk, src]:
-                payload = awkward(chunk, src, dtype).float()
+        for piece in pieces:
+            if piece.partial:
+                payload = total(piece.src, piece.chunk, piece.range)
+            elif place.holders[piece.chunk, piece.src]:
+                payload = own(piece.src, piece.chunk, *piece.range)
             else:
-                payload = torch.zeros(257)
-            landing.append(((dst, chunk), payload))
+                payload = torch.zeros((piece.range[1] - piece.range[0]) // width)
+            landing.append(((piece.dst, piece.chunk, piece.range), (piece.row, payload)))
         for key, payload in landing:
-            arrived.setdefault(key, []).append(payload)
+            arrived[key].append(payload)
     divisors = place.holders.sum(axis=1) if op == "mean" else np.ones(place.num_chunks)
-    return {chunk: (total(int(place.owners[chunk]), chunk) / float(divisors[chunk])).to(dtype) for chunk in plan.chunks}
+    sums = {}
+    for chunk in plan.chunks:
+        owner = int(place.owners[chunk])
+        spans = sorted(span for rank, each, span in arrived if (rank, each) == (owner, chunk))
+        parts = [total(owner, chunk, span) for span in spans] or [own(owner, chunk, 0, width * SIZE)]
+        sums[chunk] = (torch.cat(parts) / float(divisors[chunk])).to(dtype)
+    return sums
 
 
 def bits(tensor: torch.Tensor) -> list[Any]:
     return tensor.contiguous().view(torch.uint8).tolist()
 
 
+NODES = sc.Topology((0, 0, 1, 1, 1), sc.Link(1e10, 1e-6), sc.Link(1e9, 1e-6))
+
+
 @pytest.mark.parametrize("op", ["sum", "mean"])
-@pytest.mark.parametrize("algorithm", ["direct", "dense"])
+@pytest.mark.parametrize("algorithm", ["direct", "relay", "hierarchical", "dense"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sums_are_taken_in_float32_in_the_order_of_the_plan(dtype: torch.dtype, algorithm: str, op: str) -> None:
     place = random_placement(9, 5, seed=3)
+    plan = sc.plan_reduce_scatter(place, dtype.itemsize * SIZE, NODES, algorithm, partial_bytes=4 * SIZE)
+    if algorithm != "direct":
+        assert plan.transfers["partial"].any()
+    plan = in_pieces(plan, 3)
 
     def main(group: sc.Group) -> torch.Tensor:
-        return sc.sparse_reduce_scatter(held_rows(place, group.rank, dtype), place, algorithm=algorithm, op=op)
+        return sc.sparse_reduce_scatter(held_rows(place, group.rank, dtype), place, plan=plan, op=op)
 
     owned = sc.run_local(main, 5)
-    width = dtype.itemsize * 257
-    plan = sc.plan_reduce_scatter(place, width, sc.Topology.flat(5), algorithm, partial_bytes=4 * 257)
     expected = sum_by_hand(plan, dtype, op)
     num_unlike_naive = 0
     for rank in range(5):
@@ -144,10 +176,11 @@ def test_sums_are_taken_in_float32_in_the_order_of_the_plan(dtype: torch.dtype, 
     assert num_unlike_naive > 0, "the values tell this from adding in the order of ranks, rounding each time"
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "dense"])
+@pytest.mark.parametrize("algorithm", ["direct", "relay", "hierarchical", "dense"])
 def test_the_same_plan_gives_the_same_bits_in_every_run(algorithm: str) -> None:
     place = random_placement(12, 4, seed=8)
-    plan = sc.plan_reduce_scatter(place, 257 * 2, sc.Topology.flat(4), algorithm, partial_bytes=257 * 4)
+    topology = sc.Topology((0, 0, 1, 1), sc.Link(1e10, 1e-6), sc.Link(1e9, 1e-6))
+    plan = in_pieces(sc.plan_reduce_scatter(place, SIZE * 2, topology, algorithm, partial_bytes=SIZE * 4))
 
     def main(group: sc.Group) -> Any:
         held = held_rows(place, group.rank, torch.bfloat16)
