@@ -77,6 +77,8 @@ void bind_combine_backward(Address d_source, Address d_weight, Address d_destina
 }  // namespace
 
 NB_MODULE(_native, module) {
+    // Objects that a process still holds when it ends are no leak of ours.
+    nb::set_leak_warnings(false);
     module.doc() = "Kernels on addresses, and the planner. They check little: use sparsecoll.native.";
     module.def("sum_rows", &bind_sum_rows, without_gil());
     module.def("sort_by_expert", &bind_sort_by_expert, without_gil());

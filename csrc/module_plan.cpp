@@ -145,8 +145,12 @@ void add_planner(nb::module_& module) {
     nb::class_<Links>(module, "Links")
         .def(nb::init<std::vector<std::int32_t>, std::vector<std::int64_t>, std::vector<std::int64_t>,
                       std::vector<std::int64_t>, std::int64_t, std::int64_t>());
-    module.def("draft", &draft);
-    module.def("simulate", &simulate);
+    // Arrays are taken as they are: a copy in another type would hide that a caller pays for it.
+    const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };
+    module.def("draft", &draft, nb::arg("links"), exact("owners"), exact("holders"), exact("chunks"), exact("sizes"),
+               exact("partial_sizes"), nb::arg("gathers"), nb::arg("divisible"), nb::arg("shared_memory"),
+               nb::arg("algorithm"));
+    module.def("simulate", &simulate, nb::arg("links"), exact("table"), exact("row_bytes"), nb::arg("gathers"));
     module.def("divide", &divide);
 }
 

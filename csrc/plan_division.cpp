@@ -50,6 +50,7 @@ class Filling {
         Amount amount;
     };
 
+    void list_left();
     Ticks average() const;
     void set_level(Ticks level);
     Amount own_room(std::int32_t bin) const { return capacity_[at(bin)] - used_[at(bin)]; }
@@ -97,18 +98,7 @@ Filling::Filling(const Work& work, const Bins& bins, Ticks floor)
     pool_used_.assign(bins_.pool_cost.size(), 0);
     for (std::size_t bin = 0; bin < used_.size(); ++bin) pool_used_[at(pool_of_[bin])] += used_[bin];
 
-    for (std::size_t item = 0; item < rest_.size(); ++item) {
-        if (!rest_[item]) continue;
-        if (work.allowed[item].empty()) throw std::invalid_argument("divide: expected a bin for every item with work");
-        left_.push_back(static_cast<std::int32_t>(item));
-    }
-    std::sort(left_.begin(), left_.end(), [&](std::int32_t a, std::int32_t b) {
-        const std::size_t choice_a = work.allowed[at(a)].size(), choice_b = work.allowed[at(b)].size();
-        if (choice_a != choice_b) return choice_a < choice_b;
-        if (rest_[at(a)] != rest_[at(b)]) return rest_[at(a)] > rest_[at(b)];
-        return a < b;
-    });
-
+    list_left();
     Ticks level = std::max(floor, average());
     for (std::size_t bin = 0; bin < used_.size(); ++bin) level = std::max(level, used_[bin] * bins.cost[bin]);
     for (std::size_t pool = 0; pool < pool_used_.size(); ++pool)
@@ -118,6 +108,28 @@ Filling::Filling(const Work& work, const Bins& bins, Ticks floor)
     done_.reserve(2 * left_.size() + 64);
     for (std::int32_t item : left_) fill(item);
     std::erase_if(left_, [&](std::int32_t item) { return !rest_[at(item)]; });
+}
+
+// Who has least choice goes first, and of those the largest.
+void Filling::list_left() {
+    struct Key {
+        std::size_t choice;
+        Amount amount;
+        std::int32_t item;
+    };
+    std::vector<Key> keys;
+    for (std::size_t item = 0; item < rest_.size(); ++item) {
+        if (!rest_[item]) continue;
+        const std::size_t choice = work_.allowed[item].size();
+        if (!choice) throw std::invalid_argument("divide: expected a bin for every item with work");
+        keys.push_back({choice, rest_[item], static_cast<std::int32_t>(item)});
+    }
+    std::sort(keys.begin(), keys.end(), [](const Key& a, const Key& b) {
+        if (a.choice != b.choice) return a.choice < b.choice;
+        return a.amount != b.amount ? a.amount > b.amount : a.item < b.item;
+    });
+    left_.reserve(keys.size());
+    for (const Key& key : keys) left_.push_back(key.item);
 }
 
 // The level at which all bins that may do anything have room for everything.
