@@ -26,17 +26,20 @@ import numpy as np
 
 from sparsecoll.plan.costs import Costs
 from sparsecoll.plan.division import Division, divide
-from sparsecoll.plan.transfer import GRANULE_BYTES, SLOTS, TRANSFER, Table, freeze
+from sparsecoll.plan.transfer import GRANULE_BYTES, LEAD, SLOTS, TRANSFER, Table, freeze
 
 __all__ = ["Schedule", "Trees", "trees"]
 
 _MOST_PIECES = 32
 """Pieces into which a relay cuts what it forwards: the pipeline needs one more piece's time than the links do."""
 
-_LEAST_PIECE_BYTES = 1 << 16
+_LEAST_PIECE_BYTES = 1 << 14
 
-_MESSAGES_PER_LATENCY = 256
+_MESSAGES_PER_LATENCY = 512
 """How many messages a rank is taken to issue in the time in which one arrives."""
+
+_SLACK = 8
+"""Where relays have room they are filled to one part in so many less than the busiest link, and catch up with it."""
 
 _NOBODY = -1
 
@@ -128,7 +131,8 @@ class _Between:
             allowed += [schedule.holders[item], self.members[item][self.homes[item]]]
             home += [owner, owner]
         base, costs = [0] * len(schedule.node_of), schedule.costs
-        return divide(work, base, allowed, costs.out, self._arriving(), home, schedule.node_of, costs.node)
+        floor = self._arriving()
+        return divide(work, base, allowed, costs.out, floor - floor // _SLACK, home, schedule.node_of, costs.node)
 
     def _arriving(self) -> int:
         """Ticks that some node, or some rank that is a node's only holder, needs to let its chunks in."""
@@ -250,7 +254,9 @@ class _Inside:
                 base[owner] += size if len(ranks) == 2 else schedule.first_bytes[item]
             work.append(max(len(ranks) - 2, 0) * size)
             allowed.append(ranks if len(ranks) > 2 else [])
-        division = divide(work, base, allowed, schedule.costs.up, entries.level, schedule.owners)
+        division = divide(
+            work, base, allowed, schedule.costs.up, entries.level - entries.level // _SLACK, schedule.owners
+        )
         self.relays = [
             _parts(shares, schedule.owners[item], schedule.sizes[item], schedule.granule_bytes)
             for item, shares in enumerate(division.shares)
@@ -310,6 +316,8 @@ class _Forest:
         latency = max(schedule.costs.up_latency, schedule.costs.out_latency)
         fanout = max((len(holders) - 1 for holders in schedule.holders), default=1)
         self._num_pieces = _choose_pieces(self.level, fanout, latency)
+        # Ranks may run ahead by an eighth of the schedule (`LEAD`), and by as much as is on its way.
+        self._slots = max(SLOTS * self.level // (self.level + 2 * latency * SLOTS // LEAD), 1) if self.level else 1
         depth = 1 + max((hop for cell in self._cells for hop, _, _ in cell.hops), default=-1)
         self.expected = self.level + depth * latency
         if depth > 1:
@@ -388,24 +396,23 @@ class _Forest:
         for cell in self._cells:
             first, spans = [], []
             for branch in cell.branches:
-                total = max(totals[branch.line], 1)
-                first.append(SLOTS * position[branch.line] // total)
+                first.append(self._slots * position[branch.line] // max(totals[branch.line], 1))
                 position[branch.line] += branch.carried_bytes
-                spans.append(max(SLOTS * position[branch.line] // total - first[-1], 1))
+                spans.append(self._slots_of(branch))
             # All branches are cut alike: who forwards in one what came by another does so piece by piece.
-            pieces = -(-max(spans) * self._num_pieces // SLOTS)
+            pieces = -(-max(spans) * self._num_pieces // self._slots)
             most = (cell.end - cell.begin) // _LEAST_PIECE_BYTES if self._schedule.divisible else 1
             pieces = max(min(pieces, most), 1)
             forwards = cell.forwards if self._mirrored else frozenset()
             chunk = self._schedule.chunks[cell.item]
             for branch, begin, span in zip(cell.branches, first, spans, strict=True):
-                lag = -(-span // pieces)
+                lag = -(-span // pieces)  # until those who forward a piece have it
                 for hop, src, dst in branch.hops:
                     # Pieces of all cells of a line take turns, so that nobody gets much of one and nothing of others.
                     stage = begin // pieces + hop * lag
-                    end = stage + SLOTS * (pieces - 1) // pieces + lag
+                    end = stage + self._slots * (pieces - 1) // pieces + lag
                     last = max(last, end)
-                    row = (-end, SLOTS, dst, src) if self._mirrored else (stage, SLOTS, src, dst)
+                    row = (-end, self._slots, dst, src) if self._mirrored else (stage, self._slots, src, dst)
                     rows.append((*row, chunk, pieces, cell.begin, cell.end, dst in forwards))
         table = np.zeros(len(rows), TRANSFER)  # padding too, as digests see it
         for name, column in zip(TRANSFER.names or (), zip(*rows, strict=True), strict=bool(rows)):
@@ -413,6 +420,11 @@ class _Forest:
         if self._mirrored:  # the same schedule with time and arrows turned round
             table["stage"] += last
         return freeze(table)
+
+    def _slots_of(self, branch: _Branch) -> int:
+        """How many slots its carrier is busy with a branch."""
+        costs = self._schedule.costs.out if branch.crosses else self._schedule.costs.up
+        return max(-(-self._slots * branch.carried_bytes * costs[branch.carrier] // max(self.level, 1)), 1)
 
 
 def _choose_pieces(level: int, fanout: int, latency: int) -> int:
