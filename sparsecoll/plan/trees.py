@@ -31,14 +31,15 @@ from sparsecoll.plan.transfer import GRANULE_BYTES, LEAD, SLOTS, TRANSFER, Table
 __all__ = ["Schedule", "Trees", "trees"]
 
 _MOST_PIECES = 32
-"""Pieces into which a relay cuts what it forwards: the pipeline needs one more piece's time than the links do."""
+"""Pieces into which a relay cuts what it forwards: each further hop takes one more piece's time. Twice as many where
+there are more than two hops."""
 
 _LEAST_PIECE_BYTES = 1 << 14
 
 _MESSAGES_PER_LATENCY = 512
 """How many messages a rank is taken to issue in the time in which one arrives."""
 
-_SLACK = 8
+_SLACK = 16
 """Where relays have room they are filled to one part in so many less than the busiest link, and catch up with it."""
 
 _NOBODY = -1
@@ -315,10 +316,10 @@ class _Forest:
         self.level = self._busiest()
         latency = max(schedule.costs.up_latency, schedule.costs.out_latency)
         fanout = max((len(holders) - 1 for holders in schedule.holders), default=1)
-        self._num_pieces = _choose_pieces(self.level, fanout, latency)
+        depth = 1 + max((hop for cell in self._cells for hop, _, _ in cell.hops), default=-1)
+        self._num_pieces = _choose_pieces(self.level, depth, fanout, latency)
         # Ranks may run ahead by an eighth of the schedule (`LEAD`), and by as much as is on its way.
         self._slots = max(SLOTS * self.level // (self.level + 2 * latency * SLOTS // LEAD), 1) if self.level else 1
-        depth = 1 + max((hop for cell in self._cells for hop, _, _ in cell.hops), default=-1)
         self.expected = self.level + depth * latency
         if depth > 1:
             self.expected += (depth - 1) * self.level // self._num_pieces
@@ -427,11 +428,12 @@ class _Forest:
         return max(-(-self._slots * branch.carried_bytes * costs[branch.carrier] // max(self.level, 1)), 1)
 
 
-def _choose_pieces(level: int, fanout: int, latency: int) -> int:
+def _choose_pieces(level: int, depth: int, fanout: int, latency: int) -> int:
     """As many pieces as balance the filling of the pipeline against the messages that they cost."""
+    most = _MOST_PIECES if depth < 3 else 2 * _MOST_PIECES
     message_ticks = fanout * latency // _MESSAGES_PER_LATENCY
-    best = isqrt(level // message_ticks) if message_ticks else _MOST_PIECES
-    return min(max(best, 1), _MOST_PIECES)
+    best = isqrt(level // message_ticks) if message_ticks else most
+    return min(max(best, 1), most)
 
 
 def _spread(
