@@ -40,10 +40,7 @@ def test_each_holder_gets_each_byte_once_along_a_tree_of_holders(case: Case, alg
         for (rank, chunk), ranges in arriving.items():
             assert rank != case.place.owners[chunk]
             check_cover(ranges, case.chunk_bytes[chunk])
-        expected = {
-            (rank, chunk) for chunk in case.moving for rank in case.holders(chunk) if rank != case.place.owners[chunk]
-        }
-        assert set(arriving) == expected
+        assert set(arriving) == reached(case)
 
 
 @settings(deadline=None)
@@ -65,6 +62,24 @@ def test_what_is_forwarded_came_in_earlier_stages_cut_alike(case: Case, algorith
                 for piece in range(row.pieces):
                     there, here = stage_of[source.number, piece], stage_of[row.number, piece]
                     assert there < here if plan.op == "all_gather" else there > here
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3, 5])
+def test_what_is_forwarded_on_nodes_came_in_earlier_stages(num_nodes: int) -> None:
+    """Ten ranks and fourteen chunks: enough for owners, senders, relays and entries to be all kinds of ranks."""
+    for seed in range(120):
+        random = np.random.default_rng([num_nodes, seed])
+        sizes = [1 << 16, 1 << 18, 1 << 20]
+        case = draw_case(
+            random, world_size=10, num_chunks=14, sizes=sizes, num_nodes=num_nodes, has_node_links=seed % 2 == 0
+        )
+        assert len(gathered(case.gather("hierarchical"))) == len(reached(case)), f"seed {seed}"
+        assert set(reduced(case.reduce("hierarchical"))) == {chunk for _, chunk in reached(case)}, f"seed {seed}"
+
+
+def reached(case: Case) -> set[tuple[int, int]]:
+    """``(rank, chunk)`` of all holders but owners."""
+    return {(rank, chunk) for chunk in case.moving for rank in case.holders(chunk) if rank != case.place.owners[chunk]}
 
 
 @settings(deadline=None)
