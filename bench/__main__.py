@@ -22,6 +22,7 @@ _CASES = {
     "expert_parallel": "bench.expert_parallel",
     "cluster": "bench.cluster.case",
     "bound": "bench.bound.case",
+    "planner": "bench.planner",
 }
 
 

@@ -51,7 +51,8 @@ Division divide_out(const Schedule& schedule) {
     }
     const Links& links = schedule.links;
     const std::vector<Amount> base(links.world_size());
-    return divide({amounts, allowed, home}, {base, links.out, links.node_of, links.node}, arriving(schedule));
+    const Ticks floor = arriving(schedule);
+    return divide({amounts, allowed, home}, {base, links.out, links.node_of, links.node}, floor - floor / slack);
 }
 
 }  // namespace

@@ -148,7 +148,8 @@ Partitions share_inside(const Schedule& schedule, const Entries& entries) {
         allowed.push_back(count > 2 ? ranks : std::span<const std::int32_t>());
     }
     const Links& links = schedule.links;
-    const Division division = divide({amounts, allowed, schedule.owners}, {base, links.up, {}, {}}, entries.level);
+    const Ticks floor = entries.level - entries.level / slack;
+    const Division division = divide({amounts, allowed, schedule.owners}, {base, links.up, {}, {}}, floor);
     Partitions relays;
     for (std::size_t item = 0; item < schedule.size(); ++item) {
         add_parts(relays.parts(), division.of(item), schedule.owners[item], schedule.sizes[item],

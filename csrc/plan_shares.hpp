@@ -8,6 +8,9 @@
 
 namespace sparsecoll::plan {
 
+// Where relays have room they are filled to one part in so many less than the busiest link, and catch up with it.
+constexpr int slack = 16;
+
 struct Between {
     Partitions relays;   // of each item: who sends a range to the other nodes but one; nobody where only one has it
     Partitions senders;  // of each item: who in the owner's node sends a range to that one, or to the relay elsewhere

@@ -8,19 +8,23 @@ namespace sparsecoll::plan {
 namespace {
 
 constexpr std::int32_t slots = 1024;
+constexpr std::int32_t lead = slots / 8;
 constexpr std::int64_t most_pieces = 32;
-constexpr std::int64_t least_piece_bytes = 1 << 16;
-constexpr std::int64_t messages_per_latency = 256;
+constexpr std::int64_t least_piece_bytes = 1 << 14;
+constexpr std::int64_t messages_per_latency = 512;
 
 std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
 
+Ticks divide_up(Ticks amount, Ticks by) { return (amount + by - 1) / by; }
+
 // As many pieces as balance the filling of the pipeline against the messages that they cost.
-std::int64_t choose_pieces(Ticks level, std::int64_t fanout, std::int64_t latency) {
+std::int64_t choose_pieces(Ticks level, std::int64_t depth, std::int64_t fanout, std::int64_t latency) {
+    const std::int64_t most = depth < 3 ? most_pieces : 2 * most_pieces;
     const Ticks message_ticks = Ticks{fanout} * latency / messages_per_latency;
-    if (!message_ticks) return most_pieces;
+    if (!message_ticks) return most;
     const Ticks square = level / message_ticks;
     std::int64_t best = 1;
-    while (best < most_pieces && Ticks{best + 1} * (best + 1) <= square) ++best;
+    while (best < most && Ticks{best + 1} * (best + 1) <= square) ++best;
     return best;
 }
 
@@ -146,19 +150,27 @@ void Trees::measure() {
     }
     level_ = loads.busiest();
     const std::int64_t latency = std::max(links.up_latency, links.out_latency);
-    const auto most = static_cast<std::int64_t>(schedule_.holdings.most);
-    num_pieces_ = choose_pieces(level_, most ? most - 1 : 1, latency);
+    const auto most_holders = static_cast<std::int64_t>(schedule_.holdings.most);
+    num_pieces_ = choose_pieces(level_, depth, most_holders ? most_holders - 1 : 1, latency);
+    // Ranks may run ahead by an eighth of the schedule (lead), and by as much as is on its way.
+    const Ticks whole = level_ + Ticks{2} * latency * slots / lead;
+    num_slots_ = level_ ? std::max<std::int32_t>(static_cast<std::int32_t>(slots * level_ / whole), 1) : 1;
     expected_ = level_ + Ticks{depth} * latency;
     if (depth > 1) expected_ += (depth - 1) * level_ / num_pieces_;
+}
+
+// How many slots its carrier is busy with a branch.
+std::int64_t Trees::slots_of(const Branch& branch) const {
+    const std::size_t carrier = branch.line / 4, crosses = branch.line % 2;
+    const std::int64_t cost = (crosses ? schedule_.links.out : schedule_.links.up)[carrier];
+    const Ticks slots_taken = divide_up(Ticks{num_slots_} * branch.carried_bytes * cost, std::max(level_, Ticks{1}));
+    return static_cast<std::int64_t>(std::max(slots_taken, Ticks{1}));
 }
 
 // A rank's line of work takes turns over all slots, each as long as its share of the line.
 Table Trees::table() const {
     struct Line {
         std::int64_t total = 0, position = 0;
-        std::int64_t slot() const {
-            return static_cast<std::int64_t>(Ticks{slots} * position / std::max<std::int64_t>(total, 1));
-        }
     };
     struct Turn {
         std::int64_t begin, span;
@@ -175,27 +187,27 @@ Table Trees::table() const {
         std::int64_t longest = 0;
         for (std::size_t each = branch; each < cell.end_branch; ++each) {
             Line& line = lines[branches_[each].line];
-            const std::int64_t begin = line.slot();
+            const Ticks begin = Ticks{num_slots_} * line.position / std::max<std::int64_t>(line.total, 1);
             line.position += branches_[each].carried_bytes;
-            turns.push_back({begin, std::max<std::int64_t>(line.slot() - begin, 1)});
+            turns.push_back({static_cast<std::int64_t>(begin), slots_of(branches_[each])});
             longest = std::max(longest, turns.back().span);
         }
         // All branches are cut alike: who forwards in one what came by another does so piece by piece.
         const std::int64_t most = schedule_.divisible ? (cell.end - cell.begin) / least_piece_bytes : 1;
-        const std::int64_t fitting = (longest * num_pieces_ + slots - 1) / slots;
+        const std::int64_t fitting = (longest * num_pieces_ + num_slots_ - 1) / num_slots_;
         const std::int64_t pieces = std::max<std::int64_t>(std::min(fitting, most), 1);
         forwards.begin_cell(hop, cell.end_hop);
         const auto chunk = static_cast<std::int32_t>(schedule_.holdings.chunks[cell.item]);
         for (const Turn& turn : turns) {
-            const std::int64_t lag = (turn.span + pieces - 1) / pieces;
+            const std::int64_t lag = (turn.span + pieces - 1) / pieces;  // until those who forward a piece have it
             for (; hop < branches_[branch].end_hop; ++hop) {
                 const auto& [depth, src, dst] = hops_[hop];
                 // Pieces of all cells of a line take turns, so that nobody gets much of one and nothing of others.
                 const auto stage = static_cast<std::int32_t>(turn.begin / pieces + depth * lag);
-                const auto end = static_cast<std::int32_t>(stage + slots * (pieces - 1) / pieces + lag);
+                const auto end = static_cast<std::int32_t>(stage + num_slots_ * (pieces - 1) / pieces + lag);
                 last = std::max(last, end);
                 table.rows[hop] = {mirrored_ ? -end : stage,
-                                   slots,
+                                   num_slots_,
                                    mirrored_ ? dst : src,
                                    mirrored_ ? src : dst,
                                    chunk,

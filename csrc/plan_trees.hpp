@@ -63,6 +63,7 @@ class Trees {
     void spread(std::int32_t depth, std::int32_t source, std::span<const std::int32_t> ranks, std::int32_t relay);
     void add_branch(std::int32_t carrier, std::int64_t carried_bytes, bool is_relayed, bool crosses);
     void measure();
+    std::int64_t slots_of(const Branch& branch) const;
 
     Schedule schedule_;
     bool mirrored_;
@@ -71,6 +72,7 @@ class Trees {
     std::vector<Hop> hops_;
     Ticks level_ = 0, expected_ = 0;
     std::int64_t num_pieces_ = 1;
+    std::int32_t num_slots_ = 1;
 };
 
 }  // namespace sparsecoll::plan

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
-from sparsecoll.plan.costs import Costs
+from sparsecoll.plan.costs import Costs, costs_of
 from sparsecoll.plan.transfer import Table, transfer_table
 from sparsecoll.plan.trees import Schedule, trees
+from sparsecoll.topology import Topology
 
 __all__ = ["ALGORITHMS", "Case", "Draft", "draft"]
 
@@ -43,6 +44,31 @@ class Case(NamedTuple):
     costs: Costs
     divisible: bool
     shared_memory: bool
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        place: Placement,
+        chunks: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        partial_sizes: NDArray[np.int64],
+        topology: Topology,
+        divisible: bool,
+    ) -> Case:
+        """From the arguments of a plan; ``chunks`` are all that take part."""
+        return cls(
+            gathers=op == "all_gather",
+            place=place,
+            # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
+            chunks=chunks[sizes[chunks] > 0],
+            sizes=sizes,
+            partial_sizes=partial_sizes,
+            node_of=topology.node_of,
+            costs=costs_of(topology),
+            divisible=divisible,
+            shared_memory=topology.shared_memory,
+        )
 
 
 class Draft(NamedTuple):

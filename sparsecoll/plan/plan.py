@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsecoll.placement import Placement
+from sparsecoll.plan.algorithms import Case, draft
 from sparsecoll.plan.bounds import holders_bound_s, universal_bound_s
 from sparsecoll.plan.compiled import simulate
 from sparsecoll.plan.costs import costs_of
@@ -129,6 +130,19 @@ class Plan:
         for name in TRANSFER.names or ():  # one by one, as a table may have anything between its columns
             content.update(np.ascontiguousarray(self.transfers[name]).tobytes())
         return content.hexdigest()
+
+    def redrafted(self, algorithm: str, *, divisible: bool = True) -> Plan:
+        """What the readable planner makes of the same inputs, to hold the native one against; it is slow.
+
+        Args:
+            algorithm, divisible: that this plan was asked for with.
+        """
+        chunks, sizes, partial_sizes = (
+            np.array(numbers, np.int64) for numbers in (self.chunks, self.chunk_bytes, self.partial_bytes)
+        )
+        case = Case.of(self.op, self.place, chunks, sizes, partial_sizes, self.topology, divisible)
+        made = draft(case, algorithm)
+        return replace(self, algorithm=made.algorithm, transfers=made.table)
 
     def explain(self) -> str:
         """The schedule as tables to read: totals, ranks, and the trees of chunks."""

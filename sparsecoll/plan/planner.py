@@ -13,7 +13,6 @@ from sparsecoll.placement import Placement
 from sparsecoll.plan.algorithms import ALGORITHMS, Case
 from sparsecoll.plan.cache import PlanCache
 from sparsecoll.plan.compiled import draft
-from sparsecoll.plan.costs import costs_of
 from sparsecoll.plan.plan import Plan
 from sparsecoll.topology import Topology
 
@@ -102,18 +101,7 @@ def _plan(
     subset = np.arange(place.num_chunks) if chunks is None else np.array(chunk_subset(place, chunks), np.int64)
 
     def make() -> Plan:
-        case = Case(
-            gathers=op == "all_gather",
-            place=place,
-            # A chunk without bytes has nothing to send; sums over nothing are complete from the start.
-            chunks=subset[sizes[subset] > 0],
-            sizes=sizes,
-            partial_sizes=partial_sizes,
-            node_of=topology.node_of,
-            costs=costs_of(topology),
-            divisible=divisible,
-            shared_memory=topology.shared_memory,
-        )
+        case = Case.of(op, place, subset, sizes, partial_sizes, topology, divisible)
         made = draft(case, algorithm)
         chunk_bytes = tuple(sizes.tolist())
         partial_bytes = chunk_bytes if partial_sizes is sizes else tuple(partial_sizes.tolist())
