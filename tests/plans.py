@@ -154,8 +154,10 @@ class Piece(NamedTuple):
     number: int
 
 
-def rows_of(plan: Plan) -> list[Row]:
-    columns = [plan.transfers[name].tolist() for name in Row._fields[1:]]
+def rows_of(plan: Plan, *, played: bool = False) -> list[Row]:
+    """The rows of a plan, or those that its prediction is made with."""
+    table = plan.played if played else plan.transfers
+    columns = [table[name].tolist() for name in Row._fields[1:]]
     return [Row(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
 
 

@@ -381,14 +381,14 @@ def test_digest_differs_when_anything_changes() -> None:
 def test_digest_depends_on_links_where_transfers_do() -> None:
     place = Placement.of_owners([0, 1], 4).replicate({0: range(4), 1: range(4)})
     links = Link(1e9, 1e-6), Link(3e8, 1e-6)
-    alike = Topology.flat(4, links[0])
-    unlike = Topology((0,) * 4, (links[0], links[0], links[1], links[1]))
-    nodes = Topology((0, 0, 1, 1), Link(1e10, 1e-6), links[0])
+    alike = Topology((0,) * 4, links[0], links[0])
+    unlike = Topology((0,) * 4, (links[0], links[0], links[1], links[1]), links[0])
+    nodes = Topology((0, 0, 1, 1), links[0], links[0])
     for algorithm in ("relay", "hierarchical"):
         plans = [plan_all_gather(place, 1 << 20, topology, algorithm) for topology in (alike, unlike, nodes)]
         assert plans[0].digest != plans[1].digest
         assert (plans[0].digest == plans[2].digest) == (algorithm == "relay"), "which does as if there were no nodes"
-    again = plan_all_gather(place, 1 << 20, Topology((0,) * 4, links[0]), "relay")
+    again = plan_all_gather(place, 1 << 20, Topology((0,) * 4, (links[0],) * 4, links[0]), "relay")
     assert again.digest == plan_all_gather(place, 1 << 20, alike, "relay").digest
 
 
