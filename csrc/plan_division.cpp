@@ -61,7 +61,9 @@ class Filling {
     void fill(std::int32_t item);
     Amount& done(std::int32_t item, std::int32_t bin);
     void move(std::int32_t item, std::int32_t bin, Amount amount);
-    void list_items_on_bins();
+    void prepare_exchanges();
+    void group_by_choice();
+    bool visit(std::int32_t item);
     void move_along(std::int32_t end);
 
     Work work_;
@@ -77,11 +79,12 @@ class Filling {
     std::vector<std::pair<Amount, std::int32_t>> roomy_;
     // Of exchanges: the items that have something on a bin, ascending; and how far the last search came.
     std::vector<std::vector<std::int32_t>> items_on_;
-    std::vector<Pools> pools_;                             // one, once needed
-    std::vector<std::int32_t> came_from_, through_;        // of bins: an item; a bin of the same pool
-    std::vector<std::int32_t> left_bin_;                   // of items
-    std::vector<std::int32_t> waiting_, leaving_;
-    std::vector<std::int32_t> reached_bins_, reached_pools_;
+    std::vector<Pools> pools_;                       // one, once needed
+    std::vector<std::int32_t> choice_of_;            // of items: equal numbers allow the same bins
+    std::vector<char> is_seen_choice_;
+    std::vector<std::int32_t> came_from_, through_;  // of bins: an item; a bin of the same pool
+    std::vector<std::int32_t> left_bin_;             // of items: the bin that it would leave; nowhere for what is left
+    std::vector<std::int32_t> reached_items_, reached_bins_, reached_pools_;
     std::vector<char> is_reached_pool_;
 };
 
@@ -222,57 +225,87 @@ void Filling::move(std::int32_t item, std::int32_t bin, Amount amount) {
     }
 }
 
-void Filling::list_items_on_bins() {
+void Filling::prepare_exchanges() {
     items_on_.resize(used_.size());
     for (std::size_t item = 0; item < first_done_.size(); ++item)
         for (std::int32_t link = first_done_[item]; link != nowhere; link = done_[at(link)].next)
             if (done_[at(link)].amount) items_on_[at(done_[at(link)].bin)].push_back(static_cast<std::int32_t>(item));
     pools_.emplace_back(pool_of_, pool_used_.size());
-}
-
-// Finds one path from what is left over to a bin with room, along which each item moves some work on. A bin with room
-// of its own whose pool is full is on the way to the other bins of its pool.
-bool Filling::exchange() {
-    if (items_on_.empty()) list_items_on_bins();
-    came_from_.assign(used_.size(), nowhere);
-    through_.assign(used_.size(), nowhere);
     left_bin_.assign(rest_.size(), unseen);
     for (std::int32_t item : left_) left_bin_[at(item)] = nowhere;
+    group_by_choice();
+}
+
+// Two equal choices may get two numbers, at the cost of time alone.
+void Filling::group_by_choice() {
+    std::vector<std::pair<std::uint64_t, std::int32_t>> order;
+    for (std::size_t item = 0; item < rest_.size(); ++item) {
+        std::uint64_t hash = 0;
+        for (std::int32_t bin : work_.allowed[item]) hash = (hash ^ static_cast<std::uint64_t>(bin)) * 0x9e3779b97f4a7c15;
+        order.emplace_back(hash, static_cast<std::int32_t>(item));
+    }
+    std::sort(order.begin(), order.end());
+    choice_of_.resize(rest_.size());
+    std::int32_t choice = -1;
+    std::span<const std::int32_t> last;
+    for (const auto& [_, item] : order) {
+        const auto allowed = work_.allowed[at(item)];
+        if (choice < 0 || !std::ranges::equal(allowed, last)) ++choice;
+        choice_of_[at(item)] = choice;
+        last = allowed;
+    }
+    is_seen_choice_.resize(at(choice + 1));
+}
+
+// Finds one path from what is left over to a bin with room, along which each item moves some work on.
+bool Filling::exchange() {
+    if (items_on_.empty()) prepare_exchanges();
+    came_from_.assign(used_.size(), nowhere);
+    through_.assign(used_.size(), nowhere);
+    std::fill(is_seen_choice_.begin(), is_seen_choice_.end(), 0);
+    for (std::int32_t item : reached_items_) left_bin_[at(item)] = rest_[at(item)] ? nowhere : unseen;
+    reached_items_.clear();
     reached_bins_.clear();
     reached_pools_.clear();
     is_reached_pool_.assign(pool_used_.size(), 0);
+    for (std::int32_t item : left_)
+        if (visit(item)) return true;
+    // In the order in which they were reached: the items on the first bin, those on the second one, ...
+    for (std::size_t turn = 0; turn < reached_bins_.size(); ++turn) {
+        const std::int32_t bin = reached_bins_[turn];
+        for (std::int32_t item : items_on_[at(bin)]) {
+            if (left_bin_[at(item)] != unseen || is_seen_choice_[at(choice_of_[at(item)])]) continue;
+            left_bin_[at(item)] = bin;
+            reached_items_.push_back(item);
+            if (visit(item)) return true;
+        }
+    }
+    return false;
+}
+
+// Goes on to the bins that an item allows. A bin with room of its own whose pool is full is on the way to the other bins
+// of its pool: one of those can move something elsewhere.
+bool Filling::visit(std::int32_t item) {
+    if (is_seen_choice_[at(choice_of_[at(item)])]) return false;  // another one has led to the same bins
+    is_seen_choice_[at(choice_of_[at(item)])] = 1;
     const auto is_seen = [&](std::int32_t bin) { return came_from_[at(bin)] != nowhere || through_[at(bin)] != nowhere; };
-    waiting_.assign(left_.begin(), left_.end());
-    for (std::size_t turn = 0; turn < waiting_.size(); ++turn) {
-        const std::int32_t item = waiting_[turn];
-        for (std::int32_t bin : work_.allowed[at(item)]) {
-            if (is_seen(bin)) continue;
-            came_from_[at(bin)] = item;
-            leaving_.assign(1, bin);
-            const std::int32_t pool = pool_of_[at(bin)];
-            if (own_room(bin) > 0) {
-                if (pool_room(pool) > 0) {
-                    move_along(bin);
-                    return true;
-                }
-                if (!is_reached_pool_[at(pool)]) {
-                    is_reached_pool_[at(pool)] = 1;
-                    reached_pools_.push_back(pool);
-                    for (std::int32_t other : pools_.front().of(pool)) {
-                        if (is_seen(other)) continue;
-                        through_[at(other)] = bin;
-                        leaving_.push_back(other);
-                    }
-                }
-            }
-            for (std::int32_t from : leaving_) {
-                reached_bins_.push_back(from);
-                for (std::int32_t other : items_on_[at(from)]) {
-                    if (left_bin_[at(other)] != unseen) continue;
-                    left_bin_[at(other)] = from;
-                    waiting_.push_back(other);
-                }
-            }
+    for (std::int32_t bin : work_.allowed[at(item)]) {
+        if (is_seen(bin)) continue;
+        came_from_[at(bin)] = item;
+        reached_bins_.push_back(bin);
+        const std::int32_t pool = pool_of_[at(bin)];
+        if (own_room(bin) <= 0) continue;
+        if (pool_room(pool) > 0) {
+            move_along(bin);
+            return true;
+        }
+        if (is_reached_pool_[at(pool)]) continue;
+        is_reached_pool_[at(pool)] = 1;
+        reached_pools_.push_back(pool);
+        for (std::int32_t other : pools_.front().of(pool)) {
+            if (is_seen(other)) continue;
+            through_[at(other)] = bin;
+            reached_bins_.push_back(other);
         }
     }
     return false;
@@ -299,7 +332,9 @@ void Filling::move_along(std::int32_t end) {
         if (left_bin_[at(item)] != nowhere) move(item, left_bin_[at(item)], -amount);
     }
     rest_[at(first)] -= amount;
-    if (!rest_[at(first)]) std::erase(left_, first);
+    if (rest_[at(first)]) return;
+    std::erase(left_, first);
+    left_bin_[at(first)] = unseen;
 }
 
 // To where the accounts that the last search found full hold what is left over.
