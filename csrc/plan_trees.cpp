@@ -82,16 +82,19 @@ void Trees::add_cell(std::size_t item, std::int64_t begin, std::int64_t end, con
     std::int64_t carried = (end - begin) * (static_cast<std::int64_t>(at_home.size()) - 1 - is_relayed);
     const bool crosses = !roles.entrances.empty();
     if (crosses) {
-        // Else what goes out sets the pace for what its sender gets.
-        if (roles.sender == owner && hops_.size() > first_hop) add_branch(carrier, carried, is_relayed, false);
-        const std::int32_t inside_relay = carrier, relay = roles.relay;
+        const std::int32_t relay = roles.relay;
+        const bool is_away = relay != nobody && schedule_.node_of(relay) != home;
+        const std::int32_t carrier_out = relay == nobody || is_away ? roles.sender : relay;
+        // If others than the owner send it out, that sets the pace for what they get.
+        if (roles.sender == owner && carrier_out == owner && hops_.size() > first_hop)
+            add_branch(carrier, carried, is_relayed, false);
+        const std::int32_t inside_relay = carrier;
         const auto depth_of = [&](std::int32_t rank) {
             return rank == owner ? 0 : rank == inside_relay || inside_relay == owner ? 1 : 2;
         };
         const std::int32_t sender_depth = depth_of(roles.sender);
-        const bool is_away = relay != nobody && schedule_.node_of(relay) != home;
         const std::int32_t first = is_away ? relay : roles.entrances[0];
-        carrier = relay == nobody ? roles.sender : relay;
+        carrier = is_away ? relay : carrier_out;
         const std::int32_t depth = is_away ? sender_depth + 1 : depth_of(carrier);
         is_relayed = carrier != owner;
         enter(item, sender_depth, roles.sender, first);

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparsecoll.errors import InvalidArgument
 from sparsecoll.plan.plan import Plan
 from sparsecoll.plan.simulate import needs_of, pieces_of
 from sparsecoll.plan.transfer import piece_bounds
@@ -86,6 +87,11 @@ def program(plan: Plan, rank: int) -> Program:
             position[row, piece] = len(receives)
             receives.append(Move(src, chunk, begin, end, partial, stage, port, (), int(mine[row])))
         else:
+            if not all((need, piece) in position for need in needs[row]):
+                raise InvalidArgument(
+                    f"plan: expected rank {rank} to have bytes {begin}..{end} of chunk {chunk} before it sends them in "
+                    f"stage {stage}"
+                )
             after = tuple(position[need, piece] for need in needs[row])
             sends.append(Move(dst, chunk, begin, end, partial, stage, port, after, int(mine[row])))
     owned = chunks[plan.place.owners[chunks] == rank].tolist()

@@ -343,16 +343,18 @@ class _Forest:
         if between.others[item]:
             sender, relay = _who(between.senders[item], begin), _who(between.relays[item], begin)
             entries = [_who(self._entries.of[item][node], begin) for node in between.others[item]]
-            if sender == owner and hops:  # else what goes out sets the pace for what its sender gets
+            is_away = relay != _NOBODY and node_of[relay] != home
+            carrier_out = sender if relay == _NOBODY or is_away else relay
+            # If others than the owner send it out, that sets the pace for what they get.
+            if hops and sender == carrier_out == owner:
                 branches.append(_Branch(hops, carrier, carried, is_relayed, False))
                 hops = []
             first, *rest = entries
-            if relay == _NOBODY or node_of[relay] == home:
-                carrier, depth = sender if relay == _NOBODY else relay, depth_of[owner if relay == _NOBODY else relay]
-                is_relayed = carrier != owner
-            else:
+            if is_away:
                 first, rest = relay, [entry for entry in entries if entry != relay]
                 carrier, depth, is_relayed = relay, depth_of[sender] + 1, True
+            else:
+                carrier, depth, is_relayed = carrier_out, depth_of[carrier_out], carrier_out != owner
             hops.append((depth_of[sender], sender, first))
             _spread(hops, depth_of[sender] + 1, first, members[node_of[first]], first)
             for entry in rest:
