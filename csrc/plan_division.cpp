@@ -11,6 +11,7 @@ namespace {
 constexpr int rate_bits = 40;
 constexpr Amount endless = Amount{1} << 62;
 constexpr std::int32_t nowhere = -1, unseen = -2;
+constexpr int many_exchanges = 32;  // that pay for what makes each of them cheaper
 
 std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
 
@@ -82,6 +83,7 @@ class Filling {
     std::vector<Pools> pools_;                       // one, once needed
     std::vector<std::int32_t> choice_of_;            // of items: equal numbers allow the same bins
     std::vector<char> is_seen_choice_;
+    int num_exchanges_ = 0;
     std::vector<std::int32_t> came_from_, through_;  // of bins: an item; a bin of the same pool
     std::vector<std::int32_t> left_bin_;             // of items: the bin that it would leave; nowhere for what is left
     std::vector<std::int32_t> reached_items_, reached_bins_, reached_pools_;
@@ -233,7 +235,9 @@ void Filling::prepare_exchanges() {
     pools_.emplace_back(pool_of_, pool_used_.size());
     left_bin_.assign(rest_.size(), unseen);
     for (std::int32_t item : left_) left_bin_[at(item)] = nowhere;
-    group_by_choice();
+    choice_of_.resize(rest_.size());
+    std::iota(choice_of_.begin(), choice_of_.end(), 0);
+    is_seen_choice_.resize(rest_.size());
 }
 
 // Two equal choices may get two numbers, at the cost of time alone.
@@ -260,6 +264,7 @@ void Filling::group_by_choice() {
 // Finds one path from what is left over to a bin with room, along which each item moves some work on.
 bool Filling::exchange() {
     if (items_on_.empty()) prepare_exchanges();
+    if (++num_exchanges_ == many_exchanges) group_by_choice();
     came_from_.assign(used_.size(), nowhere);
     through_.assign(used_.size(), nowhere);
     std::fill(is_seen_choice_.begin(), is_seen_choice_.end(), 0);
