@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -298,6 +300,185 @@ def check_closed_peer(transport: Transport) -> None:
         transport.wait(transport.post([], [Message(last, poisoned(8))], op), op)
 
 
+def check_ends_are_told(transport: Transport) -> None:
+    """Every tracked request once, by its key, with its bytes in place; and nothing that is not tracked."""
+    op, num_messages = operation("tracked"), 6
+    sent, received = {}, {}
+    for peer in peers_of(transport):
+        for number in range(num_messages):
+            view = received[peer, number] = poisoned(700 * number + 1)
+            (request,) = transport.post([], [Message(peer, view)], op)
+            transport.track(request, ("from", peer, number), op)
+        for number in range(num_messages):
+            view = sent[peer, number] = pattern(transport.rank, peer, number, 700 * number + 1)
+            (request,) = transport.post([Message(peer, view)], [], op)
+            transport.track(request, ("to", peer, number), op)
+    missing = {(side, peer, number) for side in ("from", "to") for peer, number in received}
+    while missing:
+        keys = transport.ended(op)
+        assert keys and len(set(keys)) == len(keys) and missing >= set(keys)
+        missing -= set(keys)
+        for side, peer, number in keys:
+            if side == "from":
+                expected = pattern(peer, transport.rank, number, 700 * number + 1)
+                np.testing.assert_array_equal(received[peer, number], expected)
+
+
+def check_ends_of_different_peers_are_told_out_of_order(transport: Transport) -> None:
+    """What a late rank has not sent yet holds up nothing of the others, and is told when it has come."""
+    last, op = transport.world_size - 1, operation("out of order")
+    if last < 2:
+        return
+    if transport.rank == last:
+        # Rank 0 is the last to send; it does when it has heard from all others.
+        requests = {0: transport.post([], [Message(0, poisoned(10))], op)[0]}
+        for peer in range(1, last):
+            (requests[peer],) = transport.post([], [Message(peer, poisoned(10))], op)
+        for peer, request in requests.items():
+            transport.track(request, peer, op)
+        early: set[int] = set()
+        while len(early) < last - 1:
+            early |= set(transport.ended(op))
+        assert early == set(range(1, last))
+        transport.wait(transport.post([Message(0, pattern(last, 0, 0, 10))], [], op), op)
+        assert transport.ended(op) == [0]
+        return
+    if transport.rank == 0:
+        transport.wait(transport.post([], [Message(last, poisoned(10))], op), op)
+    transport.wait(transport.post([Message(last, pattern(transport.rank, last, 0, 10))], [], op), op)
+
+
+def check_several_ends_at_once(transport: Transport) -> None:
+    """Whoever asks late hears of all that has ended meanwhile, in few calls."""
+    op, num_messages = operation("several"), 20
+    views = [poisoned(64) for _ in range(num_messages)]
+    right, left = (transport.rank + 1) % transport.world_size, (transport.rank - 1) % transport.world_size
+    if right == transport.rank:
+        return
+    for number, view in enumerate(views):
+        (request,) = transport.post([], [Message(left, view)], op)
+        transport.track(request, number, op)
+    content = [Message(right, pattern(transport.rank, right, number, 64)) for number in range(num_messages)]
+    transport.wait(transport.post(content, [], op), op)
+    transport.exchange(b"sent", operation("sent", 1))
+    time.sleep(0.05)
+    told: list[Any] = []
+    num_calls = 0
+    while len(told) < num_messages:
+        told += transport.ended(op)
+        num_calls += 1
+    assert told == list(range(num_messages)), "messages of a pair end in order"
+    assert num_calls < num_messages
+    for number, view in enumerate(views):
+        np.testing.assert_array_equal(view, pattern(left, transport.rank, number, 64))
+
+
+def check_tracked_and_waited_for_side_by_side(transport: Transport) -> None:
+    """Two operations: one that is tracked and one that is waited for, of the same peers."""
+    tracked, waited = operation("tracked", 7), operation("waited for", 8)
+    views = {peer: (poisoned(300), poisoned(300)) for peer in peers_of(transport)}
+    if not views:
+        return
+    for peer, (view, _) in views.items():
+        for sends, receives in (
+            ([], [Message(peer, view)]),
+            ([Message(peer, pattern(transport.rank, peer, 7, 300))], []),
+        ):
+            (request,) = transport.post(sends, receives, tracked)
+            transport.track(request, (peer, not sends), tracked)
+    sends = [Message(peer, pattern(transport.rank, peer, 8, 300)) for peer in views]
+    receives = [Message(peer, view) for peer, (_, view) in views.items()]
+    transport.wait(transport.post(sends, receives, waited), waited)
+    told: set[Any] = set()
+    while len(told) < 2 * len(views):
+        told |= set(transport.ended(tracked))
+    for peer, (first, second) in views.items():
+        np.testing.assert_array_equal(first, pattern(peer, transport.rank, 7, 300))
+        np.testing.assert_array_equal(second, pattern(peer, transport.rank, 8, 300))
+
+
+def check_tracked_views_stay_alive(transport: Transport) -> None:
+    """Nobody but the transport holds what is in flight, sent or received."""
+    op = operation("alive")
+    right, left = (transport.rank + 1) % transport.world_size, (transport.rank - 1) % transport.world_size
+    if right == transport.rank:
+        return
+    memory = poisoned(400_000)
+    kept = weakref.ref(memory)
+    for number in range(4):
+        (request,) = transport.post([], [Message(left, memory[100_000 * number : 100_000 * (number + 1)])], op)
+        transport.track(request, ("from", number), op)
+    del memory, request
+    gc.collect()
+    assert kept() is not None
+    for number in range(4):
+        (request,) = transport.post([Message(right, pattern(transport.rank, right, number, 100_000))], [], op)
+        transport.track(request, ("to", number), op)
+    del request
+    gc.collect()
+    num_ended, whole = 0, kept()
+    while num_ended < 8:
+        num_ended += len(transport.ended(op))
+    for number in range(4):
+        part = whole[100_000 * number : 100_000 * (number + 1)]
+        np.testing.assert_array_equal(part, pattern(left, transport.rank, number, 100_000))
+    transport.exchange(b"received", operation("end", 1))
+
+
+def check_timeout_of_what_is_tracked(transport: Transport) -> None:
+    """Rank 0 waits in vain for the last rank, also when others have been heard; afterwards nothing is tracked."""
+    last = transport.world_size - 1
+    if last == 0:
+        return
+    op = operation("late", sequence=79, timeout_s=0.4)
+    if transport.rank == 0:
+        for peer in range(1, transport.world_size):
+            (request,) = transport.post([], [Message(peer, poisoned(4321))], op)
+            transport.track(request, peer, op)
+        heard: list[Any] = []
+        with pytest.raises(CollectiveTimeout) as caught:
+            while True:
+                heard += transport.ended(op)
+        assert sorted(heard) == list(range(1, last))
+        assert 0.4 <= time.monotonic() - op.started_s < 3.0
+        for part in ("late #79", f"receive from rank {last}", "4321 bytes", "0.4 s", f"rank 0/{transport.world_size}"):
+            assert part in str(caught.value)
+        _check_nothing_is_tracked(transport)
+    elif transport.rank != last:
+        view = pattern(transport.rank, 0, 0, 4321)
+        transport.wait(transport.post([Message(0, view)], [], op), op)
+    _end_together(transport)
+
+
+def _check_nothing_is_tracked(transport: Transport) -> None:
+    """A later operation hears of its own messages only; here of one that is in vain again, if it may be posted."""
+    op = operation("later", sequence=80, timeout_s=0.2)
+    last = transport.world_size - 1
+    with pytest.raises(SparsecollError) as caught:
+        (request,) = transport.post([], [Message(last, poisoned(99))], op)
+        transport.track(request, "later", op)
+        while True:
+            assert transport.ended(op) == [], "of an operation that has failed"
+    assert "later #80" in str(caught.value) and "99 bytes" in str(caught.value)
+
+
+def check_abort_reaches_who_tracks(transport: Transport) -> None:
+    """Whoever tracks messages of a rank that aborts learns its reason long before the deadline."""
+    last = transport.world_size - 1
+    if transport.rank == last:
+        transport.abort("ValueError: boom")
+        return
+    op = operation("doomed", sequence=10)
+    text = f"doomed #10: .*rank {last} aborted: ValueError: boom"
+    with _Soon(), pytest.raises(PeerFailure, match=text) as caught:
+        for peer in peers_of(transport):
+            (request,) = transport.post([], [Message(peer, poisoned(8))], op)
+            transport.track(request, peer, op)
+        while True:
+            transport.ended(op)
+    transport.abort(str(caught.value))  # as everybody does after an error
+
+
 def check_sizes_that_disagree(transport: Transport) -> None:
     """The receiver is told, whichever of the two is longer."""
     if transport.world_size < 2 or transport.rank > 1:
@@ -343,6 +524,13 @@ CHECKS = tuple(
             check_large_ring,
             check_many_operations,
             check_second_thread,
+            check_ends_are_told,
+            check_ends_of_different_peers_are_told_out_of_order,
+            check_several_ends_at_once,
+            check_tracked_and_waited_for_side_by_side,
+            check_tracked_views_stay_alive,
+            check_timeout_of_what_is_tracked,
+            check_abort_reaches_who_tracks,
             check_timeout,
             check_timeout_of_a_send,
             check_timeout_of_an_exchange,

@@ -158,12 +158,16 @@ class TorchTransport(TaggedTransport):
         self._ending = self._ending or f"rank {self.rank} has closed it"
         for waiter in self._waiters.values():
             waiter.queue.put(None)
-        self._waiters.clear()
         if self._owned and self._dist.is_initialized():
             self._dist.destroy_process_group(None if self._owns_default else self._group)
         # Connections close when nobody refers to the group any more.
         self._group = None
         self._listening.clear()
+        # Python ends badly when it stops a thread inside Gloo. After an abort no wait takes long any more.
+        deadline_s = time.monotonic() + _WAITER_GRACE_S
+        for waiter in self._waiters.values():
+            waiter.join(deadline_s - time.monotonic())
+        self._waiters.clear()
 
 
 class _Waiter:
@@ -175,7 +179,12 @@ class _Waiter:
     def __init__(self, heard: SimpleQueue[tuple[int, RuntimeError | None]], name: str) -> None:
         self.queue: SimpleQueue[tuple[int, Request, Operation] | None] = SimpleQueue()
         self._heard = heard
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the end, once ``queue`` has got None."""
+        self._thread.join(max(0.0, timeout_s))
 
     def _serve(self) -> None:
         while (job := self.queue.get()) is not None:

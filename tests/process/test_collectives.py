@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import time
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
 import sparsecoll as sc
-from sparsecoll.transport.base import Transport
-from tests.conformance import CHECKS
-from tests.harness import spawn_checks
+from sparsecoll.transport.base import Operation, Transport
+from tests.conformance import CHECKS, in_pieces
+from tests.harness import RanksFailed, spawn, spawn_checks
 from tests.worker import CheckResults
 
 BACKENDS = ["gloo", "mpi"]
@@ -43,3 +48,41 @@ def results_of(backend: str) -> CheckResults:
 def test_conformance(backend: str, name: str, world_size: int) -> None:
     failure = results_of(backend)[f"{__name__}:{name}", world_size]
     assert failure is None, failure
+
+
+def die_midway(transport: Transport) -> str:
+    """Rank 1 kills itself when it has forwarded a part of what the others want of it."""
+    place = sc.Placement.of_owners([0], 3).replicate({0: range(3)})
+    plan = in_pieces(sc.plan_all_gather(place, 1 << 20, sc.Topology.flat(3), "relay"), 16)
+    transport.exchange(b"ready", Operation("ready", 30_000, 30.0))
+    num_calls = 0
+    ended = transport.ended
+
+    def ended_or_dead(operation: Operation) -> list[Any]:
+        nonlocal num_calls
+        num_calls += 1
+        if transport.rank == 1 and num_calls == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ended(operation)
+
+    transport.ended = ended_or_dead  # type: ignore[method-assign]
+    started_s = time.monotonic()
+    with sc.Group(transport, timeout_s=30.0, checked=False) as group:
+        shard = np.zeros((int(group.rank == 0), 1 << 20), np.uint8)
+        with pytest.raises(sc.PeerFailure) as caught:
+            sc.sparse_all_gather(shard, place, plan=plan, group=group)
+            group.barrier()  # the owner may have sent all before
+        assert time.monotonic() - started_s < 15.0
+        with pytest.raises(sc.TransportError, match="unusable"):
+            group.barrier()
+    return str(caught.value)
+
+
+def test_a_relay_that_is_killed_midway_ends_the_others() -> None:
+    with pytest.raises(RanksFailed) as caught:
+        spawn(f"{__name__}:die_midway", 3, "gloo")
+    outcomes = caught.value.outcomes
+    assert outcomes[1].exit_code == -signal.SIGKILL
+    for rank in (0, 2):
+        assert not outcomes[rank].traceback, outcomes[rank].traceback
+        assert "rank 1 has died" in outcomes[rank].value or "aborted" in outcomes[rank].value

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,15 @@ import pytest
 from sparsecoll.errors import BackendUnavailable, CollectiveTimeout, PeerFailure
 from sparsecoll.transport.base import Message, Operation, Transport
 from tests.harness import RanksFailed, spawn, spawn_checks
-from tests.transport_checks import CHECKS, CLOSURE_CHECKS, SIZE_CHECKS, pattern, peers_of, poisoned
+from tests.transport_checks import (
+    CHECKS,
+    CLOSURE_CHECKS,
+    SIZE_CHECKS,
+    check_ends_are_told,
+    pattern,
+    peers_of,
+    poisoned,
+)
 from tests.worker import CheckResults
 
 BACKENDS = ["gloo", "mpi"]
@@ -43,7 +52,24 @@ def check_stall(transport: Transport) -> None:
             np.testing.assert_array_equal(view, pattern(peer, transport.rank, sequence, 200_000))
 
 
-GLOO_CHECKS = (*CHECKS, *CLOSURE_CHECKS, f"{__name__}:check_stall")
+def check_waiters_end(transport: Transport) -> None:
+    """Threads that wait for tracked messages end with their transport, after a failure too: Python would end badly."""
+    check_ends_are_told(transport)
+    op = Operation("in vain", 9, 0.2)
+    for peer in peers_of(transport):
+        (request,) = transport.post([], [Message(peer, poisoned(8))], op)
+        transport.track(request, peer, op)
+    waiters = [thread for thread in threading.enumerate() if thread.name.startswith(f"sparsecoll-{transport.rank}-")]
+    assert len(waiters) == 2 * len(peers_of(transport)), "one for each peer and direction"
+    if waiters:
+        with pytest.raises((CollectiveTimeout, PeerFailure)) as caught:
+            transport.ended(op)
+        transport.abort(str(caught.value))
+    transport.close()
+    assert not any(thread.is_alive() for thread in waiters)
+
+
+GLOO_CHECKS = (*CHECKS, *CLOSURE_CHECKS, f"{__name__}:check_stall", f"{__name__}:check_waiters_end")
 MPI_CHECKS = (*CHECKS, *SIZE_CHECKS, f"{__name__}:check_stall")
 
 
