@@ -5,11 +5,10 @@ namespace {
 
 std::size_t at(std::int32_t index) { return static_cast<std::size_t>(index); }
 
-// What the carrier sends to a node; a relay is itself where its range enters.
+// What the carrier sends to a node, or what node it is a relay of.
 struct Range {
     std::int64_t begin, end;
     std::int32_t carrier;
-    bool is_relay;
     std::span<const std::int32_t> ranks;  // that hold the chunk there
 
     std::int64_t length() const { return end - begin; }
@@ -44,9 +43,8 @@ struct Ranges {
             bool is_first = true;
             for (const Group& group : schedule.groups(item)) {
                 if (group.node == schedule.homes[item]) continue;
-                const bool is_relay = !at_home && group.node == relay_node;
                 const std::int32_t carrier = at_home && is_first ? sender : relay;
-                all.push_back({begin, end, carrier, is_relay, group.ranks});
+                all.push_back({begin, end, carrier, group.ranks});
                 is_first = false;
             }
             begin = end;
@@ -71,12 +69,13 @@ Ticks least_inside(const Schedule& schedule) {
 }
 
 // Divides entries so that neither what ranks let in nor what they then spread is more than it must be. A range enters
-// at the rank that has its carrier's place in the node, if there is room.
+// at the rank that has its carrier's place in the node, if there is room: in its own node at the relay itself.
 Division divide_entries(const Schedule& schedule, const Ranges& ranges, Ticks floor) {
     const Links& links = schedule.links;
     std::vector<std::int32_t> place_of, counts(links.node.size());  // how many lower ranks share a rank's node
     for (std::int32_t node : links.node_of) place_of.push_back(counts[at(node)]++);
-    std::vector<Amount> base(links.world_size()), amounts;
+    const std::vector<Amount> base(links.world_size());
+    std::vector<Amount> amounts;
     std::vector<std::span<const std::int32_t>> allowed;
     std::vector<std::int32_t> home;
     for (const Range& range : ranges.all) {
@@ -84,10 +83,6 @@ Division divide_entries(const Schedule& schedule, const Ranges& ranges, Ticks fl
         const std::int32_t rank = range.ranks[0];
         const Amount spread = Amount{range.length()} * range.fanout() * links.up[at(rank)] / links.out[at(rank)];
         const Amount amount = std::max(Amount{range.length()}, spread);
-        if (range.is_relay) {
-            base[at(range.carrier)] += amount;
-            continue;
-        }
         const std::int32_t place = place_of[at(range.carrier)];
         const auto twin = std::find_if(range.ranks.begin(), range.ranks.end(),
                                        [&](std::int32_t each) { return place_of[at(each)] == place; });
@@ -104,9 +99,6 @@ Entries share_entries(const Schedule& schedule, const Between& between) {
     const Ranges ranges(schedule, between);
     const Division division = divide_entries(schedule, ranges, std::max(between.level, least_inside(schedule)));
     Entries entries{{}, {}, std::vector<std::int64_t>(schedule.links.world_size()), division.level};
-    std::vector<std::size_t> number_of;  // of each range that is no relay's: its item of the division
-    std::size_t count = 0;
-    for (const Range& range : ranges.all) number_of.push_back(range.is_relay ? 0 : count++);
     auto& parts = entries.entrances.parts();
     std::size_t num_partitions = 0;
     for (std::size_t item = 0; item < schedule.size(); ++item) {
@@ -117,11 +109,7 @@ Entries share_entries(const Schedule& schedule, const Between& between) {
             for (std::size_t index = ranges.begins[item] + other; index < ranges.begins[item + 1]; index += num_others) {
                 const Range& range = ranges.all[index];
                 const std::size_t first = parts.size();
-                if (range.is_relay) {
-                    parts.push_back({range.length(), range.carrier});
-                } else {
-                    add_parts(parts, division.of(number_of[index]), nobody, range.length(), schedule.granule_bytes());
-                }
+                add_parts(parts, division.of(index), nobody, range.length(), schedule.granule_bytes());
                 std::int64_t begin = 0;
                 for (std::size_t part = first; part < parts.size(); ++part) {
                     const std::int64_t end = parts[part].end;

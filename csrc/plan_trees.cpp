@@ -93,9 +93,13 @@ void Trees::add_cell(std::size_t item, std::int64_t begin, std::int64_t end, con
             return rank == owner ? 0 : rank == inside_relay || inside_relay == owner ? 1 : 2;
         };
         const std::int32_t sender_depth = depth_of(roles.sender);
-        const std::int32_t first = is_away ? relay : roles.entrances[0];
+        const auto entrance = std::find_if(roles.entrances.begin(), roles.entrances.end(), [&](std::int32_t each) {
+            return !is_away || schedule_.node_of(each) == schedule_.node_of(relay);
+        });
+        const std::int32_t first = *entrance;
         carrier = is_away ? relay : carrier_out;
-        const std::int32_t depth = is_away ? sender_depth + 1 : depth_of(carrier);
+        // The relay gets it where it enters its node.
+        const std::int32_t depth = is_away ? sender_depth + 1 + (first != relay) : depth_of(carrier);
         is_relayed = carrier != owner;
         enter(item, sender_depth, roles.sender, first);
         for (std::int32_t entrance : roles.entrances)

@@ -150,13 +150,12 @@ class _Between:
 
 
 class _Range(NamedTuple):
-    """What ``carrier`` sends to ``node``; a relay is itself where its range enters."""
+    """What ``carrier`` sends to ``node``, or what node it is a relay of."""
 
     node: int
     begin: int
     end: int
     carrier: int
-    is_relay: bool
 
 
 class _Entries:
@@ -192,18 +191,15 @@ class _Entries:
             relay, sender = _who(relays, begin), _who(senders, begin)
             at_home = relay == _NOBODY or node_of[relay] == between.homes[item]
             for number, node in enumerate(others):
-                if not at_home and node == node_of[relay]:
-                    ranges.append(_Range(node, begin, end, relay, True))
-                else:
-                    ranges.append(_Range(node, begin, end, sender if at_home and not number else relay, False))
+                ranges.append(_Range(node, begin, end, sender if at_home and not number else relay))
             begin = end
         return ranges
 
     def _divide(self, floor: int) -> tuple[list[dict[int, Parts]], list[int], int]:
         """Chooses entries so that neither what ranks let in nor what they then spread is more than it must be.
 
-        A range enters at the rank that has its carrier's place in the node, if there is room: ranks that send evenly
-        then fill those that they send to evenly too.
+        A range enters at the rank that has its carrier's place in the node, if there is room: at the relay itself in
+        its own node, and in others so that ranks that send evenly fill those that they send to evenly too.
         """
         schedule, between, costs = self._schedule, self._between, self._schedule.costs
         place_of = _places(schedule.node_of)
@@ -212,11 +208,7 @@ class _Entries:
         for item, ranges in enumerate(self._ranges):
             for each in ranges:
                 ranks = between.members[item][each.node]
-                amount = self._weighed(each.end - each.begin, ranks)
-                if each.is_relay:
-                    base[each.carrier] += amount
-                    continue
-                work.append(amount)
+                work.append(self._weighed(each.end - each.begin, ranks))
                 allowed.append(ranks)
                 home.append(next((rank for rank in ranks if place_of[rank] == place_of[each.carrier]), _NOBODY))
         division = divide(work, base, allowed, costs.out, floor, home)
@@ -226,11 +218,8 @@ class _Entries:
         for item, ranges in enumerate(self._ranges):
             for each in ranges:
                 length, others = each.end - each.begin, len(between.members[item][each.node]) - 1
-                parts = [(length, each.carrier)]
-                if not each.is_relay:
-                    parts = _parts(next(shares), _NOBODY, length, schedule.granule_bytes)
                 begin = 0
-                for end, rank in parts:
+                for end, rank in _parts(next(shares), _NOBODY, length, schedule.granule_bytes):
                     spread[rank] += (end - begin) * others
                     entries[item][each.node].append((each.begin + end, rank))
                     begin = end
@@ -349,12 +338,12 @@ class _Forest:
             if hops and sender == carrier_out == owner:
                 branches.append(_Branch(hops, carrier, carried, is_relayed, False))
                 hops = []
-            first, *rest = entries
-            if is_away:
-                first, rest = relay, [entry for entry in entries if entry != relay]
-                carrier, depth, is_relayed = relay, depth_of[sender] + 1, True
+            first = next(entry for entry in entries if not is_away or node_of[entry] == node_of[relay])
+            if is_away:  # the relay gets it where it enters its node
+                carrier, depth, is_relayed = relay, depth_of[sender] + 1 + (first != relay), True
             else:
                 carrier, depth, is_relayed = carrier_out, depth_of[carrier_out], carrier_out != owner
+            rest = [entry for entry in entries if entry != first]
             hops.append((depth_of[sender], sender, first))
             _spread(hops, depth_of[sender] + 1, first, members[node_of[first]], first)
             for entry in rest:
@@ -495,17 +484,6 @@ def _parts(shares: list[tuple[int, int]], owner: int, size: int, granule: int) -
     if parts[-1][0] < size:
         parts[-1] = (size, parts[-1][1])
     return parts
-
-
-def _joined(parts: Parts) -> Parts:
-    """Without empty ranges, and neighbours of one rank as one."""
-    joined: Parts = []
-    for end, rank in parts:
-        if joined and (joined[-1][1] == rank or end <= joined[-1][0]):
-            joined[-1] = (max(end, joined[-1][0]), joined[-1][1])
-        else:
-            joined.append((end, rank))
-    return joined
 
 
 def _who(parts: Parts, begin: int) -> int:
