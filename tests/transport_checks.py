@@ -496,6 +496,32 @@ def check_sizes_that_disagree(transport: Transport) -> None:
                 transport.wait(transport.post([], [Message(0, poisoned(sizes[1]))], op), op)
 
 
+def check_sizes_of_what_is_tracked(transport: Transport) -> None:
+    """The receiver is told which of its peers sends too much or too little."""
+    if transport.world_size < 3 or transport.rank > 2:
+        return
+    for sequence, (sent, wanted) in enumerate([(100, 90), (90, 100), (200_000, 100_000), (100_000, 200_000)]):
+        op = operation("unequal", sequence)
+        if transport.rank == 0:
+            for peer in (1, 2):
+                (request,) = transport.post([], [Message(peer, poisoned(wanted))], op)
+                transport.track(request, peer, op)
+            with pytest.raises(TransportError, match=f"rank 2 .*{wanted}|{wanted} bytes from rank 2"):
+                while True:
+                    transport.ended(op)
+        elif transport.rank == 2:
+            try:
+                transport.wait(transport.post([Message(0, poisoned(sent))], [], op), op)
+            except TransportError:
+                assert transport.backend == "local"
+    # Rank 1 sends nothing, and stays for it.
+    op = operation("through", 4)
+    if transport.rank == 0:
+        transport.wait(transport.post([Message(1, poisoned(1))], [], op), op)
+    elif transport.rank == 1:
+        transport.wait(transport.post([], [Message(0, poisoned(1))], op), op)
+
+
 class _Soon:
     """Its body ends long before any time limit."""
 
@@ -541,4 +567,4 @@ CHECKS = tuple(
 )
 # MPI gives no sign of a rank that closes and lives on, and Gloo none of a message that is too short.
 CLOSURE_CHECKS = tuple(_names((check_closed_peer,)))
-SIZE_CHECKS = tuple(_names((check_sizes_that_disagree,)))
+SIZE_CHECKS = tuple(_names((check_sizes_that_disagree, check_sizes_of_what_is_tracked)))
