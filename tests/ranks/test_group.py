@@ -123,7 +123,7 @@ def test_properties_and_repr() -> None:
     def main(group: sc.Group) -> tuple[int, int]:
         assert group.backend == "local" and group.checked and group.timeout_s == 7.0
         assert repr(group) == f"Group(rank={group.rank}, world_size=3, backend='local')"
-        assert group.topology == sc.Topology.flat(3), "threads share a host"
+        assert group.topology == sc.Topology((0, 0, 0), shared_memory=True), "threads share a host"
         return group.rank, group.world_size
 
     assert sc.run_local(main, 3, timeout_s=7.0) == [(0, 3), (1, 3), (2, 3)]
