@@ -214,19 +214,25 @@ def test_auto_is_one_of_the_algorithms(case: Case) -> None:
         assert chosen == make(chosen.algorithm)
 
 
+NVLINK, FABRIC, ETHERNET = Link(200e9, 5e-6), Link(25e9, 1e-5), Link(50e6, 5e-5)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_auto_is_as_good_as_direct(seed: int) -> None:
-    """Within 5 %: it compares estimates of what takes long, not simulations. And only where bytes take longer than
-    latencies do: of plans that take a few latencies a rank lets in a part after the other, which no estimate knows."""
+    """Within 5 %, as it compares estimates and not simulations: they are right where chunks are not tiny. (Of 4 kB
+    over slow links relays have taken 1.2 times as long as direct sends, in one reduce-scatter of a hundred.)"""
     random = np.random.default_rng(seed)
+    size = int(random.choice([1 << 16, 1 << 20, 1 << 24]))
+    world_size, num_chunks = int(random.integers(2, 24)), int(random.integers(1, 24))
     case = draw_case(
-        random, world_size=int(random.integers(2, 20)), num_chunks=12, sizes=[1 << 20, 3 << 20], num_nodes=4
+        random, world_size=world_size, num_chunks=num_chunks, sizes=[size // 2, size * 3 // 4, size], num_nodes=4
     )
-    up, out = Link(25e9, 1e-6), Link(5e9, 5e-6)
+    node_of = case.topology.node_of
     for topology in (
-        Topology.flat(case.place.world_size, out),
-        Topology(case.topology.node_of, up, out),
-        Topology(case.topology.node_of, up, out, out),
+        *(Topology.flat(world_size, link) for link in (NVLINK, FABRIC, ETHERNET)),
+        Topology(node_of, NVLINK, FABRIC),
+        Topology(node_of, NVLINK, FABRIC, FABRIC),
+        Topology(node_of, FABRIC, ETHERNET, ETHERNET),
     ):
         case = case._replace(topology=topology)
         for make in (case.gather, case.reduce):
