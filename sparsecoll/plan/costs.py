@@ -21,7 +21,8 @@ class Costs(NamedTuple):
         up: ``[W]``, ticks that a byte takes a rank's link to its own node.
         out: ``[W]``, the same for other nodes.
         node: ``[num_nodes]``, the same for what a node's ranks share; 0 where they share nothing.
-        up_latency, out_latency: ticks until a message arrives, the longest of all links of their kind.
+        up_latency, out_latency: ticks until a message arrives, the longest of all links of their kind; 0 where nobody
+            can use them.
         tick_s: seconds of a tick.
     """
 
@@ -40,8 +41,9 @@ def costs_of(topology: Topology) -> Costs:
     up = [topology.scale_up_of(rank) for rank in ranks]
     out = [topology.scale_out_of(rank) for rank in ranks]
     node = [topology.node_link_of(each) for each in range(topology.num_nodes)]
-    used = [*(up if topology.num_nodes < len(up) else ()), *(out if topology.num_nodes > 1 else ())]
-    used += [link for link in node if link is not None and topology.num_nodes > 1]
+    has_up, has_out = topology.num_nodes < len(up), topology.num_nodes > 1
+    shared = [link for link in node if link is not None]
+    used = (up if has_up else []) + (out + shared if has_out else [])
     fastest = max((link.bandwidth_bytes_per_s for link in used), default=1.0)
     tick_s = 1.0 / (fastest * _FASTEST)
 
@@ -53,12 +55,11 @@ def costs_of(topology: Topology) -> Costs:
     def latency(links: list[Link]) -> int:
         return round(max(link.latency_s for link in links) / tick_s)
 
-    shared = [link for link in node if link is not None]
     return Costs(
         tuple(map(cost, up)),
         tuple(map(cost, out)),
         tuple(map(cost, node)),
-        latency(up),
-        latency(out + shared),
+        latency(up) if has_up else 0,
+        latency(out + shared) if has_out else 0,
         tick_s,
     )

@@ -64,9 +64,14 @@ class Program(NamedTuple):
         return not any(move.needs or move.stage for move in self.sends + self.receives)
 
 
-@lru_cache(maxsize=512)
 def program(plan: Plan, rank: int) -> Program:
     """The part of ``rank`` in ``plan``."""
+    return _program(plan, rank, plan.topology.node_of)
+
+
+@lru_cache(maxsize=512)
+def _program(plan: Plan, rank: int, node_of: tuple[int, ...]) -> Program:
+    # Plans are equal when they move the same; on other nodes they have other ports.
     table, gathers = plan.transfers, plan.op == "all_gather"
     chunks = np.asarray(plan.chunks, np.int64)
     mine = np.flatnonzero((table["src"] == rank) | (table["dst"] == rank))
@@ -74,7 +79,6 @@ def program(plan: Plan, rank: int) -> Program:
     columns = local.tolist()
     bounds = [piece_bounds(row[6], row[7], row[5]) for row in columns]
     needs = needs_of(local, gathers=gathers)
-    node_of = plan.topology.node_of
     sends: list[Move] = []
     receives: list[Move] = []
     position: dict[tuple[int, int], int] = {}
