@@ -162,6 +162,7 @@ void Trees::measure() {
     // Ranks may run ahead by an eighth of the schedule (lead), and by as much as is on its way.
     const Ticks whole = level_ + Ticks{2} * latency * slots / lead;
     num_slots_ = level_ ? std::max<std::int32_t>(static_cast<std::int32_t>(slots * level_ / whole), 1) : 1;
+    if (level_) latency_slots_ = static_cast<std::int64_t>(std::min(Ticks{latency} * num_slots_ / level_, Ticks{lead / 2}));
     expected_ = level_ + Ticks{depth} * latency;
     if (depth > 1) expected_ += (depth - 1) * level_ / num_pieces_;
 }
@@ -206,7 +207,8 @@ Table Trees::table() const {
         forwards.begin_cell(hop, cell.end_hop);
         const auto chunk = static_cast<std::int32_t>(schedule_.holdings.chunks[cell.item]);
         for (const Turn& turn : turns) {
-            const std::int64_t lag = (turn.span + pieces - 1) / pieces;  // until those who forward a piece have it
+            // Until those who forward a piece have it.
+            const std::int64_t lag = (turn.span + pieces - 1) / pieces + latency_slots_;
             for (; hop < branches_[branch].end_hop; ++hop) {
                 const auto& [depth, src, dst] = hops_[hop];
                 // Pieces of all cells of a line take turns, so that nobody gets much of one and nothing of others.

@@ -73,6 +73,7 @@ class Trees {
     Ticks level_ = 0, expected_ = 0;
     std::int64_t num_pieces_ = 1;
     std::int32_t num_slots_ = 1;
+    std::int64_t latency_slots_ = 0;
 };
 
 }  // namespace sparsecoll::plan

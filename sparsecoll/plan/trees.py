@@ -309,6 +309,7 @@ class _Forest:
         self._num_pieces = _choose_pieces(self.level, depth, fanout, latency)
         # Ranks may run ahead by an eighth of the schedule (`LEAD`), and by as much as is on its way.
         self._slots = max(SLOTS * self.level // (self.level + 2 * latency * SLOTS // LEAD), 1) if self.level else 1
+        self._latency_slots = min(latency * self._slots // self.level, LEAD // 2) if self.level else 0
         self.expected = self.level + depth * latency
         if depth > 1:
             self.expected += (depth - 1) * self.level // self._num_pieces
@@ -398,7 +399,7 @@ class _Forest:
             forwards = cell.forwards if self._mirrored else frozenset()
             chunk = self._schedule.chunks[cell.item]
             for branch, begin, span in zip(cell.branches, first, spans, strict=True):
-                lag = -(-span // pieces)  # until those who forward a piece have it
+                lag = -(-span // pieces) + self._latency_slots  # until those who forward a piece have it
                 for hop, src, dst in branch.hops:
                     # Pieces of all cells of a line take turns, so that nobody gets much of one and nothing of others.
                     stage = begin // pieces + hop * lag
