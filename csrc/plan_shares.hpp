@@ -9,7 +9,7 @@
 namespace sparsecoll::plan {
 
 // Where relays have room they are filled to one part in so many less than the busiest link, and catch up with it.
-constexpr int slack = 16;
+constexpr int slack = 12;
 
 struct Between {
     Partitions relays;   // of each item: who sends a range to the other nodes but one; nobody where only one has it

@@ -39,7 +39,7 @@ _LEAST_PIECE_BYTES = 1 << 14
 _MESSAGES_PER_LATENCY = 512
 """How many messages a rank is taken to issue in the time in which one arrives."""
 
-_SLACK = 16
+_SLACK = 12
 """Where relays have room they are filled to one part in so many less than the busiest link, and catch up with it."""
 
 _NOBODY = -1
