@@ -27,8 +27,8 @@ SLOTS = 1024
 LEAD = SLOTS // 8
 """How many stages ahead of the earliest that it lacks a rank accepts messages.
 
-Otherwise those who are not busy run ahead and fill the links of those that others wait for. Longer leads gave schedules
-of random placements a longer tail, shorter ones too (`docs/bounds.md`).
+Otherwise those who are not busy run ahead and fill the links of those that others wait for. Both longer and shorter
+leads gave schedules of random placements a longer tail.
 """
 
 GRANULE_BYTES = 64
