@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsecoll.errors import InvalidArgument
 from sparsecoll.placement import Placement
 from sparsecoll.plan.algorithms import Case, draft
 from sparsecoll.plan.bounds import holders_bound_s, universal_bound_s
@@ -100,10 +101,20 @@ class Plan:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """When each piece of ``played`` travels if links are all that takes time; see `sparsecoll.plan.simulate`."""
-        gathers = self.op == "all_gather"
-        costs = costs_of(self.topology)
-        return simulate(self.played, self.transfer_bytes, self.topology.node_of, costs, gathers=gathers)
+        """When each piece of ``played`` travels if links are all that takes time; see `sparsecoll.plan.simulate`.
+
+        Raises:
+            InvalidArgument: pieces wait for each other in a circle; only a table made by hand can have one.
+        """
+        table, row_bytes, gathers = self.played, self.transfer_bytes, self.op == "all_gather"
+        found = simulate(table, row_bytes, self.topology.node_of, costs_of(self.topology), gathers=gathers)
+        size, count = row_bytes[found.row], table["pieces"][found.row].astype(np.int64)
+        has_bytes = size * (found.piece + 1) // count > size * found.piece // count
+        stuck = has_bytes & (found.arrived == 0)
+        if stuck.any():
+            row = int(found.row[stuck.argmax()])
+            raise InvalidArgument(f"plan: expected every transfer to end, got {table[row]} that waits for ever")
+        return found
 
     @cached_property
     def predicted_s(self) -> float:

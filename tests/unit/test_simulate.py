@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparsecoll as sc
 from sparsecoll import Link, Placement, Plan, Topology, plan_all_gather, plan_reduce_scatter
 from sparsecoll.plan import LEAD, TRANSFER
 from sparsecoll.plan.costs import Costs, costs_of
@@ -293,3 +295,15 @@ def test_predictions_are_in_seconds() -> None:
         assert flat.predicted_s == pytest.approx(2.25)
         nodes = Topology((0, 0, 1), Link(1e9, 0.0), Link(1e9, 1e-3), Link(1e6, 0.5))
         assert plan_one(place, 3_000_000, nodes).predicted_s == pytest.approx(3.5)
+
+
+def test_a_plan_whose_pieces_wait_for_ever_predicts_nothing() -> None:
+    place = sc.Placement.of_owners([0], 3).replicate({0: range(3)})
+    plan = sc.plan_all_gather(place, 1 << 20, sc.Topology.flat(3), "relay")
+    assert plan.predicted_s >= plan.bound_s
+    rows = plan.transfers.copy()[:2]
+    rows["chunk"], rows["begin"], rows["end"], rows["pieces"] = 0, 0, 1 << 20, 1
+    rows["src"], rows["dst"], rows["stage"] = (1, 2), (2, 1), (1, 1)
+    circle = dataclasses.replace(plan, transfers=rows)
+    with pytest.raises(sc.InvalidArgument, match="waits for ever"):
+        _ = circle.predicted_s
