@@ -24,7 +24,7 @@ void sum_rows(std::byte* destination, bool destination_is_partial, const Row* so
 std::int64_t sort_by_expert(const std::byte* expert_ids, std::int64_t num_assignments, std::int64_t num_experts,
                             std::byte* order, std::byte* counts);
 
-// destination[i] = source[index[i]], rows of row_bytes.
+// destination[i] = source[index[i]], rows of row_bytes; zeros where index[i] is negative.
 void permute_rows(std::byte* destination, const std::byte* source, const std::byte* index, std::int64_t num_rows,
                   std::int64_t row_bytes, int num_threads);
 

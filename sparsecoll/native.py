@@ -183,7 +183,8 @@ def permute_rows(
     Args:
         destination: address of ``num_rows`` rows, apart from ``source``.
         source: address of rows of ``row_bytes``.
-        index: address of int64 ``[num_rows]``; trusted to name rows of ``source``, repeats allowed.
+        index: address of int64 ``[num_rows]``; trusted to name rows of ``source``, repeats allowed; a negative one
+            gives a row of zeros.
 
     Raises:
         InvalidArgument: a negative size or a null address.

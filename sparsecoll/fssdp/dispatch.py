@@ -61,7 +61,7 @@ class ShardedDispatcher:
         )
         results = permute(y, by_source, by_expert.unsqueeze(1))
         returned = _AllToAll.apply(results, recv_counts, send_counts, layer, "combine")
-        out = combine(returned, position, routing.weights)
+        out = combine(returned, position, routing.weights, is_permutation=True)
         self._backward.after_layer(layer)
         return out
 

@@ -35,7 +35,7 @@ class LocalDispatcher:
         position = inverse_permutation(order).view_as(routing.expert_ids)
         top_k = routing.expert_ids.shape[1]
         x = permute(tokens, order.div(top_k, rounding_mode="floor"), position)
-        return combine(experts(x, counts.tolist()), position, routing.weights)
+        return combine(experts(x, counts.tolist()), position, routing.weights, is_permutation=True)
 
 
 class DenseFFN(nn.Module):

@@ -1,7 +1,7 @@
-"""Tokens to expert order and back: sort, permute, combine. Native kernels on the CPU, torch elsewhere.
+"""Tokens to expert order and back: sort, permute, combine, with their gradients.
 
-Legend: ``T`` tokens, ``K`` top-k, ``D`` dim, ``N = T * K`` assignments (assignment ``t * K + k`` is token t's k-th
-choice), ``E`` experts. All indices are int64.
+Legend: ``T`` tokens, ``K`` top-k, ``D`` dim, ``N`` rows (``T * K`` where every assignment has one; assignment
+``t * K + k`` is token t's k-th choice), ``E`` experts. All indices are int64; negative ones mean no row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsecoll import native
+from sparsecoll.moe.kernels import kernels_of
 
 __all__ = ["combine", "inverse_permutation", "permute", "sort_by_expert"]
 
@@ -21,19 +21,12 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     """Stable sort of the assignments ``expert_ids`` ``[T, K]`` by expert.
 
     Returns:
-        ``order`` ``[N]``, the assignment at each place, and ``counts`` ``[E]``.
+        ``order`` ``[T * K]``, the assignment at each place, and ``counts`` ``[E]``.
 
     Raises:
         InvalidArgument: an expert out of range (on the CPU).
     """
-    flat = expert_ids.flatten()
-    if not _is_native(flat):
-        # scatter_add_ and not bincount, which waits for a GPU to learn the size of its result.
-        counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-        return flat.argsort(stable=True), counts
-    order, counts = torch.empty_like(flat), flat.new_empty(num_experts)
-    native.sort_by_expert(flat.data_ptr(), len(flat), num_experts, order.data_ptr(), counts.data_ptr())
-    return order, counts
+    return kernels_of(expert_ids).sort_by_expert(expert_ids.flatten(), num_experts)
 
 
 def inverse_permutation(order: Tensor) -> Tensor:
@@ -42,25 +35,28 @@ def inverse_permutation(order: Tensor) -> Tensor:
 
 
 def permute(x: Tensor, index: Tensor, position: Tensor | None = None) -> Tensor:
-    """Gathers rows: ``x[index]``, ``[M, D]`` from ``x`` ``[T, D]`` and ``index`` ``[M]``.
+    """Gathers rows: ``x[index]``, ``[M, D]`` from ``x`` ``[T, D]`` and ``index`` ``[M]``; zeros where it is negative.
 
     Args:
-        position: ``[T, K]``, where each row of ``x`` went: ``index[position[t, k]] == t``, every place named once.
-            With it the backward is a deterministic sum over K rows; without it, rows are added one by one.
+        position: ``[T, K]``, where each row of ``x`` went: ``index[position[t, k]] == t``, every place named once, or
+            negative for nowhere. With it the backward is a deterministic sum over K rows; without it, rows are added
+            one by one, and no index may be negative.
     """
     result: Tensor = _Permute.apply(x, index, position)
     return result
 
 
-def combine(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
+def combine(y: Tensor, position: Tensor, weights: Tensor, *, is_permutation: bool = False) -> Tensor:
     """Weighted sums of rows: ``out[t] = sum_k weights[t, k] * y[position[t, k]]``, ``[T, D]``.
 
     Args:
         y: ``[N, D]``.
-        position: ``[T, K]``, every place named once.
+        position: ``[T, K]``, a row named at most once; a negative one contributes nothing and its weight gets no
+            gradient.
         weights: ``[T, K]``; rounded to ``y``'s dtype. Sums are kept in float32 for 16-bit floats.
+        is_permutation: promises that every row is named, so that backward need not write zeros for the others first.
     """
-    result: Tensor = _Combine.apply(y, position, weights.to(y.dtype))
+    result: Tensor = _Combine.apply(y, position, weights.to(y.dtype), is_permutation)
     return result
 
 
@@ -69,7 +65,7 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, index: Tensor, position: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, position)
         ctx.num_rows = len(x)
-        return _gather(x, index)
+        return kernels_of(x).permute_rows(x, index)
 
     @staticmethod
     @once_differentiable
@@ -78,90 +74,23 @@ class _Permute(torch.autograd.Function):
         if position is None:
             dx = dy.new_zeros(ctx.num_rows, dy.shape[1]).index_add_(0, index, dy)
         else:
-            dx = _weighted_sum(dy, position, None)
+            dx = kernels_of(dy).combine(dy, position, None)
         return dx, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
-        y, position, weights = y.contiguous(), position.contiguous(), weights.contiguous()
+    def forward(ctx: Any, y: Tensor, position: Tensor, weights: Tensor, is_permutation: bool) -> Tensor:
         # y itself is only needed for the gradient of the weights.
         ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, position, weights)
-        ctx.num_rows = len(y)
-        return _weighted_sum(y, position, weights)
+        ctx.num_rows, ctx.is_permutation = len(y), is_permutation
+        return kernels_of(y).combine(y, position, weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         y, position, weights = ctx.saved_tensors
-        dout = dout.contiguous()
-        dy = dout.new_empty(ctx.num_rows, dout.shape[1])
-        d_weights = None if y is None else torch.empty_like(weights)
-        if not _is_native(dout):
-            dy[position.flatten()] = (weights.unsqueeze(-1) * dout.unsqueeze(1)).flatten(0, 1)
-            if y is not None:
-                d_weights = torch.einsum("td,tkd->tk", dout, _rows(y, position))
-            return dy, None, d_weights
-        num_tokens, top_k = position.shape
-        native.combine_backward(
-            dy.data_ptr(),
-            _address(d_weights),
-            dout.data_ptr(),
-            _address(y),
-            position.data_ptr(),
-            weights.data_ptr(),
-            num_tokens,
-            top_k,
-            dout.shape[1],
-            _dtype_name(dout),
-            torch.get_num_threads(),
+        dy, d_weights = kernels_of(d_out).combine_backward(
+            d_out, y, position, weights, ctx.num_rows, ctx.is_permutation
         )
-        return dy, None, d_weights
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    if not _is_native(x):
-        return x.index_select(0, index)
-    x, index = x.contiguous(), index.contiguous()
-    out = x.new_empty(len(index), x.shape[1])
-    row_bytes = x.shape[1] * x.element_size()
-    native.permute_rows(out.data_ptr(), x.data_ptr(), index.data_ptr(), len(index), row_bytes, torch.get_num_threads())
-    return out
-
-
-def _weighted_sum(y: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
-    if not _is_native(y):
-        rows = _rows(y, position)
-        return rows.sum(1) if weights is None else torch.einsum("tk,tkd->td", weights, rows)
-    y, position = y.contiguous(), position.contiguous()
-    num_tokens, top_k = position.shape
-    out = y.new_empty(num_tokens, y.shape[1])
-    native.combine(
-        out.data_ptr(),
-        y.data_ptr(),
-        position.data_ptr(),
-        _address(weights),
-        num_tokens,
-        top_k,
-        y.shape[1],
-        _dtype_name(y),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _rows(y: Tensor, position: Tensor) -> Tensor:
-    return y.index_select(0, position.flatten()).unflatten(0, position.shape)
-
-
-def _is_native(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+        return dy, None, d_weights, None

@@ -337,6 +337,16 @@ class TestPermuteRows:
         )
         np.testing.assert_array_equal(destination, source[index])
 
+    @pytest.mark.parametrize("row_bytes", [1, 7, 64, 4097])
+    def test_negative_index_is_a_row_of_zeros(self, row_bytes: int) -> None:
+        rng = np.random.default_rng(row_bytes)
+        source = rng.integers(1, 256, (31, row_bytes), dtype=np.uint8)
+        index = rng.integers(-20, 31, 500)
+        index[0], index[-1] = -1, -(2**62)
+        destination = np.full((500, row_bytes), 255, np.uint8)
+        native.permute_rows(destination.ctypes.data, source.ctypes.data, index.ctypes.data, len(index), row_bytes, 2)
+        np.testing.assert_array_equal(destination, np.where(index[:, None] < 0, 0, source[index.clip(0)]))
+
     def test_nothing_to_do_needs_no_memory(self) -> None:
         native.permute_rows(0, 0, 0, 0, 8)
         native.permute_rows(0, 0, 0, 8, 0)
