@@ -22,11 +22,12 @@ class Config:
 
     Attributes:
         timeout_s: ``SPARSECOLL_TIMEOUT_S``, how long a collective may take before it raises.
-        checked: ``SPARSECOLL_CHECKED``, whether every call starts with an exchange of digests.
+        checked: ``SPARSECOLL_CHECKED``, whether every call starts with an exchange of digests; None where nothing
+            is said.
     """
 
     timeout_s: float = 300.0
-    checked: bool = True
+    checked: bool | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Config:

@@ -17,11 +17,13 @@ from weakref import WeakKeyDictionary
 
 from sparsecoll.arena import ArenaPool
 from sparsecoll.config import Config, Launcher
-from sparsecoll.errors import BackendUnavailable, CollectiveMismatch, InvalidArgument, SparsecollError, TransportError
+from sparsecoll.cuda.device import Device, cuda_device, current_device, num_devices
+from sparsecoll.errors import CollectiveMismatch, InvalidArgument, SparsecollError, TransportError
 from sparsecoll.topology import Seat, Topology
-from sparsecoll.transport.base import Counters, Operation, Transport
+from sparsecoll.transport.base import Counters, HostTransport, Operation, Transport
 from sparsecoll.transport.local import LocalTransport, LocalWorld
 from sparsecoll.transport.local import run_local as run_local_transports
+from sparsecoll.transport.stream import StreamTransport
 from sparsecoll.work import Work
 
 __all__ = ["Group", "default_group", "init_group", "resolve_group", "run_local"]
@@ -122,8 +124,25 @@ class Group:
 
     @property
     def backend(self) -> str:
-        """``local``, ``torch`` or ``mpi``."""
+        """``local``, ``torch``, ``mpi`` or ``nccl``."""
         return self.transport.backend
+
+    @property
+    def device(self) -> str:
+        """Where the tensors are that collectives take and give: ``cpu``, or ``cuda:0`` and so on."""
+        return self.transport.device
+
+    @property
+    def is_stream_ordered(self) -> bool:
+        """Whether operations are issued in the order of CUDA streams, and nobody waits for them on the host."""
+        return isinstance(self.transport, StreamTransport)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Staging memory that is kept for operations to come."""
+        if isinstance(self.transport, StreamTransport):
+            return self.transport.gpu.staging_bytes
+        return self.arenas.reserved_bytes
 
     @property
     def record_bytes(self) -> int:
@@ -276,8 +295,7 @@ class Group:
             if start[1:3] != starts[0][1:3]:
                 digests = [each.digest.hex() if each.given else "none" for each in (starts[0], start)]
                 raise self._unequal("equal topologies (by digest) on all ranks", digests[0], rank, digests[1])
-        # All back ends so far move CPU memory.
-        return given or Topology.from_seats([start.seat for start in starts], shared_memory=True)
+        return given or Topology.from_seats([start.seat for start in starts], shared_memory=not self.is_stream_ordered)
 
     def _unequal(self, rule: str, first: object, rank: int, other: object) -> CollectiveMismatch:
         return CollectiveMismatch(
@@ -342,39 +360,54 @@ def init_group(
     timeout_s: float | None = None,
     checked: bool | None = None,
     topology: Topology | str | os.PathLike[str] | None = None,
+    device: int | None = None,
 ) -> Group:
     """Makes the default group of all ranks that the launcher started.
 
     Collective: all ranks call it.
 
     Args:
-        backend: ``auto`` takes ``mpi`` under mpirun, ``torch`` under torchrun or where torch.distributed is
-            initialised, and a world of one elsewhere; or ``mpi``, ``torch`` (Gloo), ``local`` (a world of one; for
-            threads as ranks see `run_local`).
+        backend: ``auto`` takes ``nccl`` where there is a GPU and CuPy; else ``mpi`` under mpirun, ``torch`` under
+            torchrun or where torch.distributed is initialised, and a world of one elsewhere. Or ``nccl``, which starts
+            and exchanges records over what ``auto`` would take without a GPU; ``mpi``; ``torch`` (Gloo); ``local`` (a
+            world of one; for threads as ranks see `run_local`).
         timeout_s: for operations that name none, and for the start; by default ``SPARSECOLL_TIMEOUT_S`` or 300.
         checked: whether every call starts with an exchange of digests, so that a mismatch or a bad argument on one
-            rank raises on all before payload moves; by default ``SPARSECOLL_CHECKED`` or True.
+            rank raises on all before payload moves; by default ``SPARSECOLL_CHECKED``, or True except for ``nccl``,
+            where it would make the host wait for the other ranks at every call.
         topology: nodes and links, equal on all ranks; or the path of a file that `Topology.save` wrote, which every
             rank reads. By default nodes are what the launcher says, or else one per host name, and links have the
             speeds of ``Topology``'s own defaults; `sparsecoll.probe` measures them.
+        device: number of this rank's GPU, for ``nccl``; by default its number on its node, as the launcher says, among
+            the visible ones, or CUDA's current device.
 
     Raises:
-        BackendUnavailable: the back end is not installed.
+        BackendUnavailable: the back end is not installed, or there is no such GPU.
         InvalidArgument: the topology is of another world size, or its file unsound.
         CollectiveMismatch: ranks were given different topologies, or differ in ``checked``.
         CollectiveTimeout: a rank did not arrive in time.
     """
     config = Config.from_environment()
     limit = config.timeout_s if timeout_s is None else timeout_s
-    transport = _make_transport(_choose_backend() if backend == "auto" else backend, limit)
-    group = Group(transport, topology, timeout_s=limit, checked=config.checked if checked is None else checked)
+    transport = _make_transport(_choose_backend() if backend == "auto" else backend, limit, device)
+    group = Group(transport, topology, timeout_s=limit, checked=_is_checked(checked, config, transport))
     _ProcessDefault.group = group
     if group.rank == 0:
         _log.info("%s, timeout_s=%s, checked=%s", group, group.timeout_s, group.checked)
     return group
 
 
+def _is_checked(wanted: bool | None, config: Config, transport: Transport) -> bool:
+    if wanted is not None:
+        return wanted
+    return config.checked if config.checked is not None else not isinstance(transport, StreamTransport)
+
+
 def _choose_backend() -> str:
+    return "nccl" if _has_gpu() else _choose_host_backend()
+
+
+def _choose_host_backend() -> str:
     launcher = Launcher.from_environment().name
     if launcher == "mpirun":
         return "mpi"
@@ -390,7 +423,20 @@ def _torch_is_initialised() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _make_transport(backend: str, timeout_s: float) -> Transport:
+def _make_transport(backend: str, timeout_s: float, device: int | None) -> Transport:
+    if backend == "nccl":
+        from sparsecoll.transport import nccl as nccl_transport
+
+        # Before the others are kept waiting: what a rank lacks, it says at once.
+        library, gpu = nccl_transport.find_library(), _device_of_rank(device)
+        control = _make_host_transport(_choose_host_backend(), timeout_s)
+        return nccl_transport.NcclTransport(control, gpu, library, timeout_s=timeout_s)
+    if device is not None:
+        raise InvalidArgument(f"init_group: expected a device for backend nccl only, got {device} for {backend}")
+    return _make_host_transport(backend, timeout_s)
+
+
+def _make_host_transport(backend: str, timeout_s: float) -> HostTransport:
     if backend == "local":
         return LocalTransport(LocalWorld(1), 0)
     if backend == "torch":
@@ -402,9 +448,20 @@ def _make_transport(backend: str, timeout_s: float) -> Transport:
         from sparsecoll.transport import mpi as mpi_transport
 
         return mpi_transport.MpiTransport(timeout_s=timeout_s)
-    if backend == "nccl":
-        raise BackendUnavailable("init_group: the nccl back end is not part of this version; use torch or mpi")
-    raise InvalidArgument(f"init_group: expected backend auto, local, torch or mpi, got {backend!r}")
+    raise InvalidArgument(f"init_group: expected backend auto, local, torch, mpi or nccl, got {backend!r}")
+
+
+def _device_of_rank(wanted: int | None) -> Device:
+    """The GPU that was asked for, or that of the rank's number on its node."""
+    if wanted is not None:
+        return cuda_device(wanted)
+    local_rank = Launcher.from_environment().local_rank
+    return cuda_device(current_device() if local_rank is None else local_rank % max(1, num_devices()))
+
+
+def _has_gpu() -> bool:
+    """Whether CuPy is installed and sees a GPU."""
+    return num_devices() > 0
 
 
 def resolve_group(group: Any) -> Group:
@@ -422,9 +479,7 @@ def resolve_group(group: Any) -> Group:
     if kind == "torch" and type(group).__name__ in ("ProcessGroup", "DeviceMesh"):
         process_group = _process_group_of(group)
         if process_group not in _adopted:
-            from sparsecoll.transport.torch import TorchTransport
-
-            _adopted[process_group] = _adopt(TorchTransport(process_group))
+            _adopted[process_group] = _adopt(_transport_over(process_group))
         return _adopted[process_group]
     if kind == "mpi4py":
         from sparsecoll.transport import mpi as mpi_transport
@@ -433,6 +488,18 @@ def resolve_group(group: Any) -> Group:
     raise InvalidArgument(
         f"group: expected a Group, None, a ProcessGroup, a DeviceMesh axis or an mpi4py communicator, got {group!r}"
     )
+
+
+def _transport_over(process_group: Any) -> Transport:
+    """Over the user's own process group: on the GPU where it has NCCL and there is one, else on the CPU."""
+    from sparsecoll.transport import torch as torch_transport
+
+    if not torch_transport.moves_device_memory(process_group):
+        return torch_transport.TorchTransport(process_group)
+    from sparsecoll.transport import torch_stream
+
+    control = torch_transport.TorchTransport(torch_transport.control_group(process_group), owned=True)
+    return torch_stream.TorchStreamTransport(control, process_group, cuda_device(current_device()))
 
 
 def _process_group_of(group: Any) -> Any:
@@ -445,7 +512,7 @@ def _process_group_of(group: Any) -> Any:
 
 def _adopt(transport: Transport) -> Group:
     config = Config.from_environment()
-    return Group(transport, timeout_s=config.timeout_s, checked=config.checked)
+    return Group(transport, timeout_s=config.timeout_s, checked=_is_checked(None, config, transport))
 
 
 def run_local(

@@ -16,7 +16,7 @@ from sparsecoll.errors import CollectiveMismatch, SparsecollError
 from sparsecoll.group import Group
 from sparsecoll.transport.base import Operation
 
-__all__ = ["agree", "agreed_error", "digest_of"]
+__all__ = ["Description", "agree", "agreed_error", "digest_of"]
 
 _HEADER = struct.Struct("<?16sQI")  # sound, digest, number of the operation, length of the payload
 _LENGTH = struct.Struct("<I")

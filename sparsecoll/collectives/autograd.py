@@ -45,7 +45,7 @@ class _SparseCollective(torch.autograd.Function):
         if not call.gathers and call.mean:
             given = _divided(call, given, ctx.group.rank)
         # Rows that did not take part have zero gradient.
-        results = [torch.zeros(shape, dtype=dtype) for shape, dtype in ctx.likes]
+        results = [torch.zeros(shape, dtype=dtype, device=ctx.group.device) for shape, dtype in ctx.likes]
         out = unflatten(ctx.value_structure, iter(results))
         operation = ctx.group.operation(mirror.name, ctx.timeout_s)
         ctx.group.run(operation, lambda: mirror.run(ctx.group, operation, given, out))
@@ -59,9 +59,13 @@ def _divided(call: Call, owned: Any, rank: int) -> Any:
     counts = call.place.holders.sum(axis=1)[chunks].tolist()
     if isinstance(owned, list):
         return [unflatten(row, (t / n for t in flatten(row))) for row, n in zip(owned, counts, strict=True)]
-    return unflatten(
-        owned, (t / torch.tensor(counts, dtype=t.dtype).view(-1, *[1] * (t.dim() - 1)) for t in flatten(owned))
-    )
+    return unflatten(owned, (t / _like(t, counts).view(-1, *[1] * (t.dim() - 1)) for t in flatten(owned)))
+
+
+def _like(tensor: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+    """Numbers beside ``tensor``, sent to a GPU without waiting for it."""
+    made = torch.tensor(numbers, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return made.to(tensor.device, non_blocking=True)
 
 
 def differentiable_all_to_all(x: Any, send_counts: Any, recv_counts: Any, group: Group, timeout_s: Any) -> Any:

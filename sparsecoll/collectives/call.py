@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsecoll.collectives.agreement import agree, agreed_error, digest_of
+from sparsecoll.collectives.buffers import DeviceRows, read_buffers, spots_of
 from sparsecoll.collectives.rows import (
     Layout,
     Rows,
@@ -25,18 +26,27 @@ from sparsecoll.collectives.rows import (
 from sparsecoll.collectives.shapes import describe_rows, exchange_rows
 from sparsecoll.collectives.sides import Side, sides
 from sparsecoll.errors import InvalidArgument, SparsecollError
-from sparsecoll.executor import all_gather_steps, reduce_scatter_steps
+from sparsecoll.executor import (
+    Recipe,
+    all_gather_steps,
+    gather_recipe,
+    reduce_recipe,
+    reduce_scatter_steps,
+    run_recipe,
+)
 from sparsecoll.group import Group
 from sparsecoll.native import REDUCIBLE, accumulation_itemsize
 from sparsecoll.placement import Placement
-from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
+from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter, rounds_of
 from sparsecoll.topology import Topology
-from sparsecoll.transport.base import Operation
+from sparsecoll.transport.base import HostTransport, Operation
+from sparsecoll.transport.stream import Issue, StreamTransport
 
 __all__ = ["Call", "CallSteps", "finish"]
 
-CallSteps = Generator[bool, None, Any]
-"""Yields once, when its first messages are posted, as `sparsecoll.executor.Steps` does; returns the call's result."""
+CallSteps = Generator[bool | Issue, None, Any]
+"""Yields once, when its first messages are posted, as `sparsecoll.executor.Steps` does, or when all has been put on a
+stream; returns the call's result."""
 
 # Sizes of the segments of each chunk that takes part, ascending by chunk.
 SegmentBytes = tuple[tuple[int, ...], ...]
@@ -70,8 +80,12 @@ class Call:
         """Checks, agrees, plans, moves."""
         return finish(self.steps(group, operation, value, out))
 
-    def steps(self, group: Group, operation: Operation, value: Any, out: Any) -> CallSteps:
-        """The same as a generator, which returns the result; see `sparsecoll.executor`."""
+    def steps(self, group: Group, operation: Operation, value: Any, out: Any, *, detached: bool = False) -> CallSteps:
+        """The same as a generator, which returns the result; see `sparsecoll.executor`.
+
+        Args:
+            detached: the caller may drop its tensors between the two halves.
+        """
         prepared: _Prepared | None = None
         problem: Exception | None = None
         try:
@@ -93,6 +107,8 @@ class Call:
         assert prepared is not None
         if rows:
             prepared = self._with_shapes(group, operation, prepared, value, rows, told)
+        if isinstance(group.transport, StreamTransport):
+            return (yield from self._move_on_stream(group.transport, operation, prepared, out, detached))
         return (yield from self._move(group, operation, prepared, out))
 
     def _prepare(self, group: Group, value: Any, out: Any) -> _Prepared:
@@ -112,19 +128,20 @@ class Call:
         subset, owned, held = sides(self.place, self.chunks, group.rank)
         given, wanted = (owned, held) if self.gathers else (held, owned)
         name = "shard" if self.gathers else "held"
-        layout = layout_of(name, value)
+        layout = layout_of(name, value, group.device)
         if not self.gathers:
             _check_reducible(layout, self.mean)
-        source = read_rows(name, value, given, writable=False)
+        read = read_buffers if group.is_stream_ordered else read_rows
+        source = read(name, value, given, writable=False)
         destination = None
         if out is not None:
-            _check_same_layout(layout, layout_of("out", out))
-            destination = read_rows("out", out, wanted, writable=True)
+            _check_same_layout(layout, layout_of("out", out, group.device))
+            destination = read("out", out, wanted, writable=True)
         schedule = None
         if layout.shapes is not None:
             sizes = (segment_bytes(layout.shapes, layout.itemsizes),) * len(subset)
-            schedule = _schedule(self, subset, sizes, layout, group.topology)
-        return _Prepared(self, layout, subset, wanted, source, destination, schedule)
+            schedule = _schedule(self, subset, sizes, layout, group.topology, group.is_stream_ordered)
+        return _Prepared(self, layout, subset, given, wanted, source, destination, schedule)
 
     def _with_shapes(
         self, group: Group, operation: Operation, prepared: _Prepared, value: list[Any], rows: bytes, told: list[bytes]
@@ -145,7 +162,8 @@ class Call:
         problem: Exception | None = None
         try:
             sizes = tuple(segment_bytes(found.shapes.get(chunk, ()), layout.itemsizes) for chunk in prepared.subset)
-            prepared = prepared._replace(schedule=_schedule(self, prepared.subset, sizes, layout, group.topology))
+            schedule = _schedule(self, prepared.subset, sizes, layout, group.topology, group.is_stream_ordered)
+            prepared = prepared._replace(schedule=schedule)
             _check_out_sizes(prepared)
         except SparsecollError as error:
             problem = _as_invalid(self.name, error, group)
@@ -156,13 +174,13 @@ class Call:
         return prepared
 
     def _move(self, group: Group, operation: Operation, prepared: _Prepared, out: Any) -> CallSteps:
-        assert prepared.schedule is not None
-        plan, sizes, _ = prepared.schedule
+        assert prepared.schedule is not None and isinstance(group.transport, HostTransport)
+        plan, sizes = prepared.schedule.plan, prepared.schedule.sizes
         destination = prepared.destination
         if destination is None:
-            shapes, wanted = prepared.shapes, prepared.wanted.subset
-            out = allocate(prepared.layout, len(wanted), lambda row: shapes[wanted[row]])
+            out = prepared.allocate(group.device)
             destination = read_rows("out", out, prepared.wanted, writable=True)
+        assert isinstance(prepared.source, Rows) and isinstance(destination, Rows)
         arguments = (plan, group.transport, prepared.source.segments, destination.segments, sizes)
         arena = group.arenas.borrow()
         if self.gathers:
@@ -170,6 +188,25 @@ class Call:
         else:
             yield from reduce_scatter_steps(*arguments, prepared.layout.dtypes, self.mean, operation, arena)
         group.arenas.give_back(arena)
+        return out
+
+    def _move_on_stream(
+        self, transport: StreamTransport, operation: Operation, prepared: _Prepared, out: Any, detached: bool
+    ) -> CallSteps:
+        """Issues everything at once; the result is ready to the stream that is current when the steps end."""
+        assert prepared.schedule is not None
+        source, destination = prepared.source, prepared.destination
+        if destination is None:
+            out = prepared.allocate(transport.device)
+            destination = read_buffers("out", out, prepared.wanted, writable=True)
+        assert isinstance(source, DeviceRows) and isinstance(destination, DeviceRows)
+        framework = prepared.layout.framework
+        tensors = (*source.tensors, *destination.tensors) if detached else ()
+        recipe = prepared.recipe(source, destination, transport.rank)
+        buffers = (*source.buffers, *destination.buffers)
+        issue = run_recipe(recipe, transport, buffers, operation, framework, tensors)
+        yield issue
+        issue.join()
         return out
 
 
@@ -188,11 +225,32 @@ class _Prepared(NamedTuple):
     call: Call
     layout: Layout
     subset: tuple[int, ...]
+    given: Side
     wanted: Side
-    source: Rows
-    destination: Rows | None
+    source: Rows | DeviceRows
+    destination: Rows | DeviceRows | None
     schedule: _Schedule | None = None
     shapes: Mapping[int, list[Shape]] = MappingProxyType({})
+
+    def allocate(self, device: str) -> Any:
+        """New rows for the result."""
+        shapes, wanted = self.shapes, self.wanted.subset
+        return allocate(self.layout, len(wanted), lambda row: shapes[wanted[row]], device)
+
+    def recipe(self, source: DeviceRows, destination: DeviceRows, rank: int) -> Recipe:
+        """This rank's part of the schedule, remembered with it."""
+        assert self.schedule is not None
+        plan, sizes, _, recipes = self.schedule
+        key = (rank, source.takes_all, destination.takes_all, len(source.buffers), len(destination.buffers))
+        if key not in recipes:
+            spots = spots_of(self.layout, self.given, source, sizes, 0)
+            to = spots_of(self.layout, self.wanted, destination, sizes, len(source.buffers))
+            staging = len(source.buffers) + len(destination.buffers)
+            if self.call.gathers:
+                recipes[key] = gather_recipe(plan, rank, spots, to, sizes, staging)
+            else:
+                recipes[key] = reduce_recipe(plan, rank, spots, to, sizes, self.layout.dtypes, self.call.mean, staging)
+        return recipes[key]
 
     @property
     def digest(self) -> bytes:
@@ -219,26 +277,43 @@ class _Prepared(NamedTuple):
 
 
 class _Schedule(NamedTuple):
-    """What a call moves: its Plan, the sizes of each chunk's segments, and the digest of all that must be equal."""
+    """What a call moves.
+
+    Attributes:
+        plan: the transfers.
+        sizes: of each chunk's segments.
+        digest: of all that must be equal.
+        recipes: that have been made for it so far, by rank and by which rows the caller passes.
+    """
 
     plan: Plan
     sizes: dict[int, tuple[int, ...]]
     digest: bytes
+    recipes: dict[tuple[int, bool, bool, int, int], Recipe]
 
 
 @lru_cache(maxsize=512)
 def _schedule(
-    call: Call, subset: tuple[int, ...], sizes: SegmentBytes, layout: Layout, topology: Topology
+    call: Call,
+    subset: tuple[int, ...],
+    sizes: SegmentBytes,
+    layout: Layout,
+    topology: Topology,
+    in_rounds: bool,
 ) -> _Schedule:
     """Remembered, for training repeats its calls; the Plan is the user's own or a new one."""
-    made = _make_plan(call.name, call.place, subset, sizes, layout.dtypes, topology, call.algorithm)
+    make = partial(_make_plan, call.name, call.place, subset, sizes, layout.dtypes, topology)
+    made = make(call.algorithm)
+    if in_rounds and call.algorithm == "auto" and call.plan is None and made.algorithm != "direct":
+        # A relay pays for its rounds, of which the planner knows nothing.
+        made = min(made, make("direct"), key=lambda plan: rounds_of(plan).time_s)
     # Planners remember what they made, so the plan of a caller who plans ahead usually is this very one.
     if call.plan is not None and call.plan is not made:
         _check_plan(call.plan, made)
     plan = call.plan or made
     # A plan's digest covers Placement, chunks and sizes.
     digest = digest_of(call.name, call.mean, layout.agreed, plan.digest)
-    return _Schedule(plan, dict(zip(subset, sizes, strict=True)), digest)
+    return _Schedule(plan, dict(zip(subset, sizes, strict=True)), digest, {})
 
 
 def _make_plan(

@@ -3,7 +3,8 @@
 Both halves run on the caller's own thread where no other rank waits for what this one forwards. A thread of its own
 would move bytes as well, but on a CPU it takes the interpreter and a core from the compute that it is to hide behind;
 what a back end moves by itself (Gloo's threads, a kernel that reads a peer's memory) overlaps all the same. A rank that
-relays goes on at once on the group's thread, so that nobody waits until its caller has time.
+relays goes on at once on the group's thread, so that nobody waits until its caller has time. On a GPU the first half
+issues everything, and the second lets the caller's stream wait.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Pending:
     def __init__(self, call: Call, value: Any, out: Any, group: Group) -> None:
         self._group = group
         self._operation = group.operation(call.name)
-        self._steps = call.steps(group, self._operation, value, out)
+        self._steps = call.steps(group, self._operation, value, out, detached=True)
         self._result: Any = None
         self._has_ended = False
         self._work: Work | None = None
@@ -49,7 +50,7 @@ class Pending:
         before = self._group.stats()
         can_wait = True
         try:
-            can_wait = next(self._steps)
+            can_wait = bool(next(self._steps))
         except StopIteration as end:
             self._result, self._has_ended = end.value, True
         self.moved = self._group.stats().since(before)

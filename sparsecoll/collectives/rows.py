@@ -2,7 +2,7 @@
 
 Three forms, for shards and for held chunks alike: a tensor ``[num_rows, *chunk_shape]``; a tuple of such tensors
 whose rows belong together; a list with one tensor (or tuple of tensors) for each row, whose sizes may differ. Torch
-tensors and NumPy arrays.
+tensors, NumPy arrays and CuPy arrays.
 """
 
 from __future__ import annotations
@@ -19,9 +19,23 @@ from sparsecoll.collectives.sides import Side
 from sparsecoll.errors import InvalidArgument
 from sparsecoll.executor import Segments
 
-__all__ = ["Layout", "Rows", "Shape", "allocate", "flatten", "layout_of", "read_rows", "unflatten", "view_of"]
+__all__ = [
+    "Layout",
+    "Rows",
+    "Shape",
+    "allocate",
+    "contiguous",
+    "flatten",
+    "layout_of",
+    "num_rows",
+    "read_rows",
+    "unflatten",
+    "view_of",
+]
 
 Shape = tuple[int, ...]
+
+_DEVICE_NAMES = {"cpu": "the CPU"}
 
 
 class Layout(NamedTuple):
@@ -29,7 +43,7 @@ class Layout(NamedTuple):
 
     Attributes:
         form: ``tensor``, ``tuple`` or ``list``; in a list, rows may have several segments too.
-        framework: ``torch`` or ``numpy``.
+        framework: ``torch``, ``numpy`` or ``cupy``.
         dtypes: name of each segment's element type.
         shapes: shape of each segment of a row, or None in a list.
         in_tuples: whether the rows of a list are tuples.
@@ -68,25 +82,35 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def _is_cupy(value: Any) -> bool:
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def _framework_of(tensor: Any) -> str:
+    return "torch" if _is_tensor(tensor) else "cupy" if _is_cupy(tensor) else "numpy"
+
+
 @cache
 def dtype_name(dtype: Any) -> str:
     """``float32`` and so on, the same for torch and NumPy."""
     return str(dtype).removeprefix("torch.")
 
 
-def layout_of(name: str, value: Any) -> Layout:
+def layout_of(name: str, value: Any, device: str) -> Layout:
     """Reads the form; an empty list has no element types yet.
 
     Raises:
-        InvalidArgument: anything but tensors in one of the three forms, on the CPU.
+        InvalidArgument: anything but tensors in one of the three forms, on ``device``.
     """
-    if type(value) is np.ndarray and value.ndim and not value.dtype.hasobject:  # the shortest way for the usual case
+    is_plain = type(value) is np.ndarray and value.ndim and not value.dtype.hasobject
+    if is_plain and device == "cpu":  # the shortest way for the usual case
         return Layout("tensor", "numpy", (dtype_name(value.dtype),), (value.shape[1:],))
     if isinstance(value, list):
         rows = [row if isinstance(row, tuple) else (row,) for row in value]
         for row in rows:
             for tensor in row:
-                _check_tensor(name, tensor, least_dims=0)
+                _check_tensor(name, tensor, device, least_dims=0)
         kinds = {
             (isinstance(one, tuple), tuple(dtype_name(tensor.dtype) for tensor in row))
             for one, row in zip(value, rows, strict=True)
@@ -94,20 +118,20 @@ def layout_of(name: str, value: Any) -> Layout:
         if len(kinds) > 1:
             raise InvalidArgument(f"{name}: expected rows of equal dtypes, got {sorted(map(str, kinds))}")
         in_tuples, dtypes = kinds.pop() if kinds else (False, ())
-        framework = "torch" if rows and rows[0] and _is_tensor(rows[0][0]) else "numpy"
+        framework = _framework_of(rows[0][0] if rows and rows[0] else None)
         return Layout("list", framework, dtypes, None, in_tuples)
     tensors = value if isinstance(value, tuple) else (value,)
     if not tensors:
         raise InvalidArgument(f"{name}: expected at least one tensor, got an empty tuple")
     for tensor in tensors:
-        _check_tensor(name, tensor, least_dims=1)
+        _check_tensor(name, tensor, device, least_dims=1)
     counts = [tensor.shape[0] for tensor in tensors]
     if len(set(counts)) > 1:
         raise InvalidArgument(f"{name}: expected tensors of equally many rows, got {counts}")
     form = "tuple" if isinstance(value, tuple) else "tensor"
     return Layout(
         form,
-        "torch" if _is_tensor(tensors[0]) else "numpy",
+        _framework_of(tensors[0]),
         tuple(dtype_name(tensor.dtype) for tensor in tensors),
         tuple(tuple(map(int, tensor.shape[1:])) for tensor in tensors),
     )
@@ -169,32 +193,47 @@ def read_rows(name: str, value: Any, side: Side, *, writable: bool) -> Rows:
     return Rows(rows, dict(zip(side.subset, zip(*parts, strict=True), strict=True)))
 
 
+def contiguous(name: str, tensor: Any, writable: bool) -> Any:
+    """The tensor itself, or a contiguous copy where it is only read; without autograd's record.
+
+    Raises:
+        InvalidArgument: an output that is not contiguous, or cannot be written.
+    """
+    if _is_tensor(tensor):
+        tensor = tensor.detach()
+        if writable and not tensor.is_contiguous():
+            raise InvalidArgument(f"{name}: expected a contiguous output, got strides {tuple(tensor.stride())}")
+        return tensor.contiguous()
+    is_open = tensor.flags.c_contiguous and (not isinstance(tensor, np.ndarray) or tensor.flags.writeable)
+    if writable and not is_open:
+        raise InvalidArgument(f"{name}: expected a contiguous, writable output, got strides {tensor.strides}")
+    library = sys.modules["cupy"] if _is_cupy(tensor) else np
+    return library.ascontiguousarray(tensor)
+
+
 def view_of(name: str, tensor: Any, writable: bool = False) -> Any:
-    """All bytes of a tensor as a one-dimensional uint8 array over its memory."""
+    """All bytes of a CPU tensor as a one-dimensional uint8 array over its memory."""
+    tensor = contiguous(name, tensor, writable)
     if _is_tensor(tensor):
         torch = sys.modules["torch"]
-        tensor = tensor.detach()
-        if not tensor.is_contiguous():
-            if writable:
-                raise InvalidArgument(f"{name}: expected a contiguous output, got strides {tuple(tensor.stride())}")
-            tensor = tensor.contiguous()
         return tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-    if writable and not (tensor.flags.c_contiguous and tensor.flags.writeable):
-        raise InvalidArgument(f"{name}: expected a contiguous, writable output, got strides {tensor.strides}")
-    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return tensor.reshape(-1).view(np.uint8)
 
 
-def allocate(layout: Layout, count: int, shapes: Callable[[int], Sequence[Shape]]) -> Any:
+def allocate(layout: Layout, count: int, shapes: Callable[[int], Sequence[Shape]], device: str) -> Any:
     """New rows of the same form and framework; ``shapes`` gives the segments of row i of a list."""
     if layout.form == "list":
         rows = [
-            tuple(_empty(layout.framework, shape, dtype) for shape, dtype in zip(shapes(i), layout.dtypes, strict=True))
+            tuple(
+                _empty(layout.framework, shape, dtype, device)
+                for shape, dtype in zip(shapes(i), layout.dtypes, strict=True)
+            )
             for i in range(count)
         ]
         return [row if layout.in_tuples else row[0] for row in rows]
     assert layout.shapes is not None
     tensors = tuple(
-        _empty(layout.framework, (count, *shape), dtype)
+        _empty(layout.framework, (count, *shape), dtype, device)
         for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
     )
     return tensors if layout.form == "tuple" else tensors[0]
@@ -217,22 +256,29 @@ def itemsize_of(dtype: str) -> int:
         return int(found.itemsize)
 
 
-def _empty(framework: str, shape: Shape, dtype: str) -> Any:
+def _empty(framework: str, shape: Shape, dtype: str, device: str) -> Any:
     if framework == "torch":
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    if framework == "cupy":
+        return sys.modules["cupy"].empty(shape, dtype)
     return np.empty(shape, dtype)
 
 
-def _check_tensor(name: str, tensor: Any, least_dims: int) -> None:
+def _check_tensor(name: str, tensor: Any, device: str, least_dims: int) -> None:
     if _is_tensor(tensor):
         if tensor.layout is not sys.modules["torch"].strided:
             raise InvalidArgument(f"{name}: expected strided tensors, got {type(tensor).__name__}")
-        if tensor.device.type != "cpu":
-            raise InvalidArgument(f"{name}: expected tensors on the CPU, got {tensor.device}")
-    elif not isinstance(tensor, np.ndarray):
-        raise InvalidArgument(f"{name}: expected torch tensors or NumPy arrays, got {type(tensor).__name__}")
-    elif tensor.dtype.hasobject:
-        raise InvalidArgument(f"{name}: expected plain element types, got {tensor.dtype}")
+        found = str(tensor.device)
+    elif isinstance(tensor, np.ndarray):
+        if tensor.dtype.hasobject:
+            raise InvalidArgument(f"{name}: expected plain element types, got {tensor.dtype}")
+        found = "cpu"
+    elif _is_cupy(tensor):
+        found = f"cuda:{tensor.device.id}"
+    else:
+        raise InvalidArgument(f"{name}: expected torch tensors, NumPy or CuPy arrays, got {type(tensor).__name__}")
+    if found != device:
+        raise InvalidArgument(f"{name}: expected tensors on {_DEVICE_NAMES.get(device, device)}, got {found}")
     if tensor.ndim < least_dims:
         raise InvalidArgument(f"{name}: expected [num_rows, *chunk_shape], got a 0-dimensional tensor")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sparsecoll.collectives.agreement import agreed_error
+from sparsecoll.collectives.buffers import DeviceRows
 from sparsecoll.collectives.rows import Layout, Rows, Shape, row_shapes
 from sparsecoll.errors import CollectiveMismatch
 from sparsecoll.group import Group
@@ -33,7 +34,9 @@ class ToldRows(NamedTuple):
     shapes: Mapping[int, list[Shape]]
 
 
-def describe_rows(layout: Layout, source: Rows, destination: Rows | None, value: list[Any]) -> bytes:
+def describe_rows(
+    layout: Layout, source: Rows | DeviceRows, destination: Rows | DeviceRows | None, value: list[Any]
+) -> bytes:
     """What a rank tells the others; with the sizes of its ``out``, which decide whether the call is sound."""
     shapes = row_shapes(value)
     out = destination and {chunk: [view.nbytes for view in row] for chunk, row in destination.segments.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sparsecoll.collectives.call import Call
+from sparsecoll.collectives.issued import IssuedWork
 from sparsecoll.collectives.rows import wants_gradient
 from sparsecoll.errors import InvalidArgument
 from sparsecoll.group import resolve_group
@@ -32,15 +33,18 @@ def sparse_all_gather(
     Differentiable in torch when blocking and without ``out``; the backward is `sparse_reduce_scatter`.
 
     Collective: all ranks call it in the same order with equal ``place``, ``chunks``, ``plan`` and ``algorithm``.
-    Stream: CPU tensors only; the result is there when the call or ``Work.wait`` returns.
+    Stream: on the CPU the result is there when the call or ``Work.wait`` returns. On a GPU the operation comes after
+    what is in the caller's current stream, and its result is ready to the stream that is current when the call or
+    ``Work.wait`` returns; the host waits for nothing, except in checked mode and for lists, whose shapes ranks exchange
+    the first time.
     Memory: ``shard`` must not change until done; allocates the result, unless ``out`` is given, and keeps
     ``plan.staging_bytes`` for later calls.
 
     Args:
         shard: the chunks that this rank owns, ascending: a tensor ``[num_owned, *chunk_shape]``, a tuple of such
             tensors whose rows belong together, or a list with one tensor (or tuple of tensors) for each chunk, whose
-            sizes may differ. torch tensors or NumPy arrays of any plain element type. With ``chunks``, either all
-            owned rows, of which the others are not touched, or only those in ``chunks``.
+            sizes may differ. torch tensors, NumPy or CuPy arrays of any plain element type, on the group's device.
+            With ``chunks``, either all owned rows, of which the others are not touched, or only those in ``chunks``.
         place: owners and holders of all chunks.
         chunks: ascending numbers of the chunks that take part; all by default.
         group: a Group, torch ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator; None is the default.
@@ -112,5 +116,7 @@ def issue(call: Call, value: Any, out: Any, group: Any, async_op: bool, timeout_
 
         return differentiable(call, value, resolved, timeout_s)
     operation = resolved.operation(call.name, timeout_s)
+    if async_op and resolved.is_stream_ordered:
+        return IssuedWork(resolved, operation, call.steps(resolved, operation, value, out, detached=True))
     body: Callable[[], Any] = lambda: call.run(resolved, operation, value, out)  # noqa: E731
     return resolved.start(operation, body, value, out) if async_op else resolved.run(operation, body)

@@ -16,7 +16,7 @@ from sparsecoll.probe.combine import combine, rank_links
 from sparsecoll.probe.measure import Meter
 from sparsecoll.probe.rounds import scale_out_rounds, scale_up_rounds, shared_rounds
 from sparsecoll.topology import Topology
-from sparsecoll.transport.base import Operation
+from sparsecoll.transport.base import HostTransport, Operation
 
 __all__ = ["probe"]
 
@@ -61,10 +61,16 @@ def _probe(group: Group, operation: Operation, duration_s: float) -> Topology:
     problem = None
     if not (isinstance(duration_s, (int, float)) and 0 < duration_s < math.inf):
         problem = InvalidArgument(f"{_NAME}: expected duration_s > 0, got {duration_s} {group.place_of_error}")
+    if not isinstance(group.transport, HostTransport):
+        problem = InvalidArgument(
+            f"{_NAME}: expected a group that moves CPU memory, got {group.backend} on {group.device} "
+            f"{group.place_of_error}"
+        )
     if group.checked and group.world_size > 1:
         agree(group, operation, digest_of(_NAME, duration_s), lambda: {"duration_s": duration_s}, problem=problem)
     if problem is not None:
         raise agreed_error(problem) if group.world_size == 1 else problem
+    assert isinstance(group.transport, HostTransport)
     node_of = group.topology.node_of
     if group.world_size == 1:
         return Topology.flat(1)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sparsecoll.probe.combine import NodeSample, PairSample
 from sparsecoll.probe.rounds import NodePair, Pair
 from sparsecoll.topology import Link
-from sparsecoll.transport.base import Message, Operation, Transport
+from sparsecoll.transport.base import HostTransport, Message, Operation
 
 __all__ = ["Meter"]
 
@@ -43,7 +43,7 @@ class Meter:
         round_s: about how long a round is to take.
     """
 
-    def __init__(self, transport: Transport, operation: Operation, round_s: float) -> None:
+    def __init__(self, transport: HostTransport, operation: Operation, round_s: float) -> None:
         self._transport = transport
         self._operation = operation
         self._pings_s = round_s / 4

@@ -1,7 +1,11 @@
-"""What a back end must do: post messages, wait for them, exchange small records. It decides nothing.
+"""What a back end must do: move messages, exchange small records. It decides nothing.
 
-A payload is a *view*: a one-dimensional, contiguous uint8 NumPy array over the caller's memory. Messages between
-a pair of ranks under one tag match in the order in which both sides post them.
+There are two kinds. A `HostTransport` moves host memory and tells when a message has ended; a
+`sparsecoll.transport.stream.StreamTransport` moves device memory in the order of streams, where nobody waits on the
+host.
+
+A payload of host memory is a *view*: a one-dimensional, contiguous uint8 NumPy array over the caller's memory. Messages
+between a pair of ranks under one tag match in the order in which both sides post them.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 
 from sparsecoll.errors import SparsecollError
 
-__all__ = ["Counters", "Message", "Operation", "Transport", "split_message"]
+__all__ = ["Counters", "HostTransport", "Message", "Operation", "Transport", "split_message"]
 
 View = NDArray[np.uint8]
 
@@ -83,20 +87,57 @@ class Counters:
 
 
 class Transport(ABC):
-    """Moves bytes between the ranks of one group. Used by one thread at a time.
+    """Connects the ranks of one group. Used by one thread at a time.
 
     Attributes:
-        backend: ``local``, ``torch`` or ``mpi``.
-        max_message_bytes: larger views are cut by `split_message` on both sides.
+        backend: ``local``, ``torch``, ``mpi`` or ``nccl``.
+        device: where the tensors are that it moves, as torch writes it.
     """
 
     backend: str
-    max_message_bytes: int = 1 << 30
+    device: str = "cpu"
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
         self.counters = Counters()
+
+    @abstractmethod
+    def exchange(self, record: bytes, operation: Operation) -> list[bytes]:
+        """Gives every rank the records of all, in rank order. All have the same length, usually under 4 kB.
+
+        Adds to ``control_bytes`` and ``control_messages`` what this rank's record cost to bring to the others.
+
+        After an error the group is unusable: whoever gets one calls `abort`, so that those who wait for this rank
+        need not wait for their own deadline.
+
+        Raises:
+            CollectiveTimeout: the deadline passed; names what is missing.
+            PeerFailure: a peer is gone.
+            TransportError: the back end failed otherwise.
+        """
+
+    def _error(self, kind: type[SparsecollError], operation: Operation, text: str) -> SparsecollError:
+        """An error of the common form; ``text`` says what was expected and found."""
+        return kind(f"{operation}: {text} (rank {self.rank}/{self.world_size})")
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """Makes peers that wait for this rank fail soon with `PeerFailure`, where the back end can."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what the transport owns. Local, idempotent, and no collective."""
+
+
+class HostTransport(Transport):
+    """Messages in host memory.
+
+    Attributes:
+        max_message_bytes: larger views are cut by `split_message` on both sides.
+    """
+
+    max_message_bytes: int = 1 << 30
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], operation: Operation) -> list[Any]:
         """Starts all messages and returns one request for each part, sends after receives.
@@ -133,13 +174,9 @@ class Transport(ABC):
     def wait(self, requests: Sequence[Any], operation: Operation) -> None:
         """Blocks until all ``requests`` have ended.
 
-        After an error the group is unusable: whoever gets one calls `abort`, so that those who wait for this rank
-        need not wait for their own deadline.
-
         Raises:
             CollectiveTimeout: the deadline passed; names operation, peer, direction and bytes of one that is missing.
-            PeerFailure: a peer is gone.
-            TransportError: the back end failed otherwise.
+            PeerFailure, TransportError: as `exchange`.
         """
 
     @abstractmethod
@@ -152,26 +189,6 @@ class Transport(ABC):
 
         Something must be tracked. Raises as `wait` does; nothing is tracked afterwards.
         """
-
-    @abstractmethod
-    def exchange(self, record: bytes, operation: Operation) -> list[bytes]:
-        """Gives every rank the records of all, in rank order. All have the same length, usually under 4 kB.
-
-        Adds to ``control_bytes`` and ``control_messages`` what this rank's record cost to bring to the others.
-        Raises as `wait` does.
-        """
-
-    def _error(self, kind: type[SparsecollError], operation: Operation, text: str) -> SparsecollError:
-        """An error of the common form; ``text`` says what was expected and found."""
-        return kind(f"{operation}: {text} (rank {self.rank}/{self.world_size})")
-
-    @abstractmethod
-    def abort(self, reason: str) -> None:
-        """Makes peers that wait for this rank fail soon with `PeerFailure`, where the back end can."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Gives back what the transport owns. Local, idempotent, and no collective."""
 
 
 def split_message(view: View, limit_bytes: int) -> Iterator[View]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sparsecoll.errors import CollectiveTimeout, InvalidArgument, PeerFailure, SparsecollError, TransportError
-from sparsecoll.transport.base import Operation, Transport, View
+from sparsecoll.transport.base import HostTransport, Operation, View
 
 __all__ = ["LocalTransport", "LocalWorld", "run_local"]
 
@@ -242,7 +242,7 @@ def _closure(rank: int) -> _Failure:
     return _Failure(PeerFailure, f"expected rank {rank} to take part, it has closed its transport")
 
 
-class LocalTransport(Transport):
+class LocalTransport(HostTransport):
     """One rank of a `LocalWorld`."""
 
     backend = "local"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsecoll.errors import PeerFailure, SparsecollError
-from sparsecoll.transport.base import Message, Operation, Transport, View
+from sparsecoll.transport.base import HostTransport, Message, Operation, View
 
 __all__ = ["NOTICE_TAG", "NUM_PAYLOAD_TAGS", "Request", "TaggedTransport", "new_notice", "read_notice"]
 
@@ -45,7 +45,7 @@ class Request(NamedTuple):
         return f"{side} of {self.view.nbytes} bytes"
 
 
-class TaggedTransport(Transport):
+class TaggedTransport(HostTransport):
     """A transport between processes; a subclass starts single messages and waits for them."""
 
     def __init__(self, rank: int, world_size: int) -> None:

@@ -26,7 +26,7 @@ from sparsecoll.transport.tagged import NOTICE_TAG, Request, TaggedTransport, ne
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["TorchTransport", "init_process_group", "own_group"]
+__all__ = ["TorchTransport", "control_group", "init_process_group", "moves_device_memory", "own_group"]
 
 # Tags of our own, so that a group of the user may carry messages of the user as well.
 _FIRST_TAG = 0x5C00000
@@ -262,6 +262,20 @@ def own_group(timeout_s: float) -> ProcessGroup:
         return group
     except (RuntimeError, ValueError) as exc:
         raise _startup_error(exc, operation) from exc
+
+
+def moves_device_memory(process_group: ProcessGroup) -> bool:
+    """Whether the group has a back end for GPUs, and this process a GPU."""
+    import torch
+
+    return torch.cuda.is_available() and "cuda:" in _import_distributed().get_backend_config(process_group)
+
+
+def control_group(process_group: ProcessGroup) -> ProcessGroup:
+    """A Gloo group over the same ranks. Collective over these."""
+    dist = _import_distributed()
+    ranks = dist.get_process_group_ranks(process_group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
 def _await_all(store: Any, rank: int, world_size: int, operation: Operation) -> None:

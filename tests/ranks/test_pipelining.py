@@ -20,7 +20,7 @@ from sparsecoll.collectives.pending import Pending
 from sparsecoll.executor import all_gather_steps
 from sparsecoll.plan import LEAD, program
 from sparsecoll.transport import local
-from sparsecoll.transport.base import Operation, Transport, View
+from sparsecoll.transport.base import HostTransport, Operation, View
 from sparsecoll.transport.local import LocalTransport
 from tests.conformance import in_pieces
 from tests.plans import draw_case
@@ -163,7 +163,7 @@ def test_ranks_that_are_late_never_wait_in_a_circle(seed: int, monkeypatch: pyte
     sc.run_local(main, 10, timeout_s=20.0)
 
 
-class Scripted(Transport):
+class Scripted(HostTransport):
     """One rank by itself: what it posts ends in the order of posting, one after the other."""
 
     backend = "local"

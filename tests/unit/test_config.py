@@ -11,7 +11,7 @@ from sparsecoll.config import Config, Launcher
 
 
 def test_defaults_come_from_an_empty_environment() -> None:
-    assert Config.from_environment({}) == Config() == Config(timeout_s=300.0, checked=True)
+    assert Config.from_environment({}) == Config() == Config(timeout_s=300.0, checked=None)
 
 
 def test_other_variables_do_not_matter() -> None:

@@ -1,5 +1,5 @@
-"""Runs one rank's part of a Plan over a transport. It decides nothing: what goes where, and in which order, stands in
-the Plan.
+"""Runs one rank's part of a Plan over messages in host memory. It decides nothing: what goes where, and in which order,
+stands in the Plan.
 
 A run is a generator with one stop: it posts what it can, yields, and does the rest when it is resumed. Its driver
 resumes it at once, or lets messages travel meanwhile.
@@ -19,7 +19,7 @@ import numpy as np
 from sparsecoll.arena import Arena
 from sparsecoll.native import accumulation_itemsize, itemsize, sum_views
 from sparsecoll.plan import LEAD, Move, Plan, Program, program
-from sparsecoll.transport.base import Message, Operation, Transport, View
+from sparsecoll.transport.base import HostTransport, Message, Operation, View
 
 __all__ = ["Segments", "Steps", "all_gather_steps", "reduce_scatter_steps"]
 
@@ -34,7 +34,7 @@ _SENDS_IN_FLIGHT = 2
 
 def all_gather_steps(
     plan: Plan,
-    transport: Transport,
+    transport: HostTransport,
     source: Mapping[int, Segments],
     destination: Mapping[int, Segments],
     segment_bytes: Mapping[int, Sequence[int]],
@@ -64,7 +64,7 @@ def all_gather_steps(
 
 def reduce_scatter_steps(
     plan: Plan,
-    transport: Transport,
+    transport: HostTransport,
     source: Mapping[int, Segments],
     destination: Mapping[int, Segments],
     segment_bytes: Mapping[int, Sequence[int]],
@@ -102,7 +102,7 @@ class _Payload(Protocol):
         """A receive has ended."""
 
 
-def _flow(mine: Program, transport: Transport, operation: Operation, payload: _Payload) -> Steps:
+def _flow(mine: Program, transport: HostTransport, operation: Operation, payload: _Payload) -> Steps:
     if mine.is_immediate:
         receives = [
             Message(move.peer, view)
@@ -126,7 +126,7 @@ def _flow(mine: Program, transport: Transport, operation: Operation, payload: _P
 class _Pipeline:
     """A program in which pieces wait for each other."""
 
-    def __init__(self, mine: Program, transport: Transport, operation: Operation, payload: _Payload) -> None:
+    def __init__(self, mine: Program, transport: HostTransport, operation: Operation, payload: _Payload) -> None:
         self._mine, self._transport, self._operation, self._payload = mine, transport, operation, payload
         self._missing = [len(move.needs) for move in mine.sends]
         self._feeds: list[list[int]] = [[] for _ in mine.receives]
