@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import sparsecoll as sc
 from sparsecoll.balance import Balancer, Busiest, NoReplicas
-from sparsecoll.moe import MoELayer, auxiliary_loss
+from sparsecoll.moe import Capacity, Experts, LocalDispatcher, MoELayer, Routing, auxiliary_loss
 
 __all__ = [
     "BUSY_REPLICAS",
     "Case",
+    "DroppingDispatcher",
     "OneProcess",
     "Run",
     "Scattered",
@@ -37,7 +38,9 @@ __all__ = [
     "accumulate",
     "assert_notes_equal",
     "batch_of",
+    "capacity_of",
     "check_bytes",
+    "check_capacity",
     "check_disagreement",
     "check_parity",
     "check_script",
@@ -72,6 +75,8 @@ class Case:
         spare_ranks: ranks that use the layer ``spare``.
         frozen: prefixes of the names of parameters without gradient.
         twice: whether a forward uses the first MoE layer twice.
+        rows_per_expert: fixed capacity, 0 for none.
+        replicates: whether most experts have fixed replicas on some ranks each, with a fixed capacity.
     """
 
     num_experts: int = 5
@@ -84,11 +89,42 @@ class Case:
     spare_ranks: tuple[int, ...] = ()
     frozen: tuple[str, ...] = ()
     twice: bool = False
+    rows_per_expert: int = 0
+    replicates: bool = False
     balancer: Balancer = BUSY_REPLICAS
     optimizer: str = "sgd"
     dtype: torch.dtype = torch.float64
     dim: int = 6
     hidden_dim: int = 4
+
+
+def capacity_of(case: Case, world_size: int) -> Capacity | None:
+    if not case.rows_per_expert:
+        return None
+    ranks, experts = range(world_size), range(1, case.num_experts) if case.replicates else ()
+    replicate = {
+        name: {e: [r for r in ranks if (e + 2 * r + turn) % 3] for e in experts}
+        for turn, name in enumerate(("first", "second"))
+    }
+    return Capacity(case.rows_per_expert, replicate)
+
+
+class DroppingDispatcher(LocalDispatcher):
+    """One process with a capacity, one assignment after the other: those beyond it have a weight of zero."""
+
+    def __init__(self, rows_per_expert: int) -> None:
+        self.rows_per_expert = rows_per_expert
+
+    def __call__(
+        self, tokens: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        kept = torch.zeros_like(routing.weights)
+        taken = [0] * experts.num_experts
+        for token, chosen in enumerate(routing.expert_ids.tolist()):
+            for choice, expert in enumerate(chosen):
+                kept[token, choice] = taken[expert] < self.rows_per_expert
+                taken[expert] += 1
+        return super().__call__(tokens, routing._replace(weights=routing.weights * kept), experts, meanwhile)
 
 
 class Toy(nn.Module):
@@ -188,6 +224,15 @@ class OneProcess(Run):
     def __init__(self, case: Case, world_size: int) -> None:
         super().__init__(case, Toy(case))
         self.world_size = world_size
+        if case.rows_per_expert:
+            self.model.first.dispatcher = self.model.second.dispatcher = DroppingDispatcher(case.rows_per_expert)
+
+    def update(self) -> None:
+        if self.case.rows_per_expert:  # nobody asks whether a rank has a gradient: what has none gets zeros
+            for param in self.model.parameters():
+                if param.requires_grad and param.grad is None:
+                    param.grad = torch.zeros_like(param)
+        super().update()
 
     def loss(self, step: int) -> Tensor:
         losses = [
@@ -213,7 +258,7 @@ class Sharded(Run):
         toy = Toy(case, seed=group.rank)
         if optimizer_first:
             super().__init__(case, toy)
-        sc.FSSDP(toy, group=group, balancer=case.balancer)
+        sc.FSSDP(toy, group=group, balancer=case.balancer, capacity=capacity_of(case, group.world_size))
         if not optimizer_first:
             super().__init__(case, toy)
         self.group = group
@@ -268,7 +313,7 @@ def _notes_of_one_process(case: Case, script: Script, world_size: int) -> list[t
 def notes_of_one_process(case: Case, script: Script, world_size: int) -> list[tuple[str, Any]]:
     with _one_process_lock:  # threads as ranks share the answer instead of each computing it
         # Where copies go is no concern of one process.
-        return _notes_of_one_process(replace(case, balancer=NoReplicas()), script, world_size)
+        return _notes_of_one_process(replace(case, balancer=NoReplicas(), replicates=False), script, world_size)
 
 
 def assert_notes_equal(
@@ -313,6 +358,18 @@ def check_parity(group: sc.Group) -> None:
     case = Case(tokens=(9, 0, 4), biases=((1, 1.0), (3, -50.0)), aux_loss_coef=0.2, shared_hidden_dim=3)
     check_script(group, case)
     check_script(group, replace(case, optimizer="adamw", balancer=NoReplicas()), accumulate)
+
+
+def check_capacity(group: sc.Group) -> None:
+    """Room for all, and room for few; with fixed replicas; and after wrapping, no exchange between hosts."""
+    case = Case(tokens=(9, 0, 4), rows_per_expert=9, replicates=True, aux_loss_coef=0.2, shared_hidden_dim=3)
+    check_script(group, case)
+    check_script(group, replace(case, rows_per_expert=2, optimizer="adamw"), accumulate)
+    run = Sharded(case, group)
+    before = group.stats()
+    train(run)
+    moved = group.stats().since(before)
+    assert (moved.control_bytes, moved.control_messages) == (0, 0) and (moved.sent_bytes > 0) == (group.world_size > 1)
 
 
 def check_bytes(group: sc.Group) -> None:

@@ -29,9 +29,16 @@ __all__ = ["Backward"]
 
 
 class _Reduction(NamedTuple):
+    """Gradients under way.
+
+    Attributes:
+        stream: on which ``owned`` were written; None on a CPU.
+    """
+
     layer: ShardedLayer
     owned: tuple[Tensor, ...]
     pending: Pending | None
+    stream: torch.cuda.Stream | None
 
 
 class Backward:
@@ -41,8 +48,17 @@ class Backward:
         averages_dense: whether dense gradients are averaged at the end; off while a user accumulates.
     """
 
-    def __init__(self, group: Group, dense: Sequence[nn.Parameter], order: PrefetchOrder) -> None:
+    def __init__(
+        self, group: Group, dense: Sequence[nn.Parameter], order: PrefetchOrder, *, averages_missing: bool
+    ) -> None:
+        """Starts with nothing in flight.
+
+        Args:
+            averages_missing: every dense parameter that requires a gradient takes part in the average, with zeros where
+                nobody has one. Otherwise ranks ask each other, and what no rank has stays None.
+        """
         self.averages_dense = True
+        self._averages_missing = averages_missing
         self._group = group
         self._dense = list(dense)
         self._order = order
@@ -95,7 +111,8 @@ class Backward:
                 pending = Pending(call, replicas, owned, self._group)
         else:
             layer.load.reduced = Counters()
-        self._reductions.append(_Reduction(layer, owned, pending))
+        stream = torch.cuda.current_stream(owned[0].device) if owned[0].is_cuda else None
+        self._reductions.append(_Reduction(layer, owned, pending, stream))
 
     def _queue(self) -> None:
         if not self._queued:
@@ -106,7 +123,9 @@ class Backward:
     def _finish(self) -> None:
         self._queued = False
         reductions, self._reductions = self._reductions, []
-        for layer, owned, pending in reductions:
+        for layer, owned, pending, stream in reductions:
+            if stream is not None:
+                _hand_over(owned, stream)
             if pending is not None:
                 with record_function(f"FSSDP::wait_for_sparse_reduce_scatter ({layer.fqn})"):
                     pending.result()
@@ -114,7 +133,7 @@ class Backward:
             for weight, grad in zip(layer.experts, owned, strict=True):
                 if weight.requires_grad:
                     _accumulate(weight, grad)
-        if self.averages_dense and self._group.world_size > 1:
+        if self.averages_dense and (self._group.world_size > 1 or self._averages_missing):
             self._average_dense()
 
     def _average_dense(self) -> None:
@@ -125,6 +144,14 @@ class Backward:
             self._group.run(operation, lambda: self._run_average(params, operation))
 
     def _run_average(self, params: list[nn.Parameter], operation: Operation) -> None:
+        chosen = params if self._averages_missing else self._with_gradients(params, operation)
+        for param in chosen:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        mean_over_ranks([param.grad for param in chosen if param.grad is not None], self._group, operation)
+
+    def _with_gradients(self, params: list[nn.Parameter], operation: Operation) -> list[nn.Parameter]:
+        """Those that have a gradient on any rank."""
         mine = bytes(param.grad is not None for param in params)
         payloads = agree(
             self._group,
@@ -134,11 +161,20 @@ class Backward:
             payload=np.packbits(np.frombuffer(mine, np.uint8)).tobytes(),
         )
         present = np.bitwise_or.reduce([np.frombuffer(each, np.uint8) for each in payloads])
-        chosen = [param for param, bit in zip(params, np.unpackbits(present), strict=False) if bit]
-        for param in chosen:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        mean_over_ranks([param.grad for param in chosen if param.grad is not None], self._group, operation)
+        return [param for param, bit in zip(params, np.unpackbits(present), strict=False) if bit]
+
+
+def _hand_over(tensors: Sequence[Tensor], stream: torch.cuda.Stream) -> None:
+    """Makes the current stream wait for what ``stream`` has written, and the memory for the current stream.
+
+    Autograd runs backward on the streams of forward and the callback on the stream of the caller. It orders the two
+    for gradients that it sets itself, which ours are not.
+    """
+    current = torch.cuda.current_stream(tensors[0].device)
+    if current != stream:
+        current.wait_stream(stream)
+        for tensor in tensors:
+            tensor.record_stream(current)
 
 
 def _accumulate(weight: nn.Parameter, grad: Tensor) -> None:

@@ -1,174 +1,115 @@
-"""Tokens to the nearest holder of their experts, and the results back.
+"""What each rank sends where: to the nearest holder of each expert, by the loads of this forward or a fixed capacity.
 
-Legend: ``T`` tokens, ``K`` top-k, ``D`` model dim, ``N = T * K`` assignments sent, ``M`` assignments received.
+[Note: waiting for the device] On a GPU the host runs ahead of the device, and waits only where it needs a number that
+the device has. In `LoadDispatcher` that is once for each layer and forward, for the counts that say how many rows
+travel (`sparsecoll.collectives.counts`); in `FixedDispatcher`, and in the backward of both, it is never. Outside of
+layers: ``clip_grad_norm_(error_if_nonfinite=True)``, and the parts of a report that only the device knows. What the
+host works out goes the other way in one copy for each layer, which nobody waits for.
+
+Legend: ``T`` tokens, ``K`` top-k, ``D`` model dim, ``W`` ranks, ``E`` experts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.profiler import record_function
 
-from sparsecoll.collectives.all_to_all import run_all_to_all
 from sparsecoll.fssdp.backward import Backward
-from sparsecoll.fssdp.layer import Materialized, ShardedLayer
-from sparsecoll.moe.experts import Experts, Row, grouped_backward, grouped_forward, rows_of
-from sparsecoll.moe.permute import combine, inverse_permutation, permute, sort_by_expert
+from sparsecoll.fssdp.layer import ShardedLayer
+from sparsecoll.fssdp.travel import LocalRoutes, Sending, travel
+from sparsecoll.moe.capacity import assign_slots
+from sparsecoll.moe.experts import Experts
+from sparsecoll.moe.permute import inverse_permutation, sort_by_expert
 from sparsecoll.moe.router import Routing
 from sparsecoll.moe.routes import Routes, plan_routes
+from sparsecoll.placement import Placement
 
-__all__ = ["ShardedDispatcher"]
+__all__ = ["FixedDispatcher", "LoadDispatcher"]
 
 
-class ShardedDispatcher:
-    """The dispatcher of a layer whose experts are sharded: exchange counts, dispatch, compute, combine."""
+class LoadDispatcher:
+    """Ranks tell each other their loads, and from those each works out all routes; every assignment is computed."""
 
     def __init__(self, layer: ShardedLayer, backward: Backward) -> None:
         self._layer = layer
         self._backward = backward
 
-    def __call__(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        layer = self._layer
-        rank, group = layer.group.rank, layer.group
+    def __call__(
+        self, tokens: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        layer, group = self._layer, self._layer.group
         top_k = routing.expert_ids.shape[1]
         order, counts = sort_by_expert(routing.expert_ids, experts.num_experts)
-        place = layer.prefetch()
         requires_grad = tokens.requires_grad and torch.is_grad_enabled()
-        loads, any_requires_grad = layer.exchange_counts(counts, requires_grad)
+        exchange = layer.start_counts(counts, requires_grad)
+        beside = None if meanwhile is None else meanwhile()
+        loads, any_requires_grad = layer.finish_counts(exchange)
         if any_requires_grad and not requires_grad:
             # A rank without tokens of its own has no graph behind them, yet must take part in all of backward.
             tokens = tokens.detach().requires_grad_()
+
+        place = layer.prefetch()
         routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
-        mine = routes.of_rank(rank)
-        _report(layer, loads, routes)
-
-        sent = order[torch.from_numpy(mine.send_order)]
+        _report(layer, routes)
+        layer.load.tokens = loads.sum(axis=0).tolist()
+        mine = LocalRoutes.of(routes.of_rank(group.rank), tokens.device)
+        sent = order[mine.send_order]
         position = inverse_permutation(sent).view_as(routing.expert_ids)
-        by_expert = torch.from_numpy(mine.recv_order)
-        by_source = inverse_permutation(by_expert)
-        send_counts, recv_counts = mine.send_counts.tolist(), mine.recv_counts.tolist()
-
-        outgoing = permute(tokens, sent.div(top_k, rounding_mode="floor"), position)
-        incoming = _AllToAll.apply(outgoing, send_counts, recv_counts, layer, "dispatch")
-        x = permute(incoming, by_expert, by_source.unsqueeze(1))
-        materialized = layer.materialize()
-        y = _HeldExperts.apply(
-            x, mine.expert_counts.tolist(), mine.experts, materialized, layer, self._backward, *layer.experts
-        )
-        results = permute(y, by_source, by_expert.unsqueeze(1))
-        returned = _AllToAll.apply(results, recv_counts, send_counts, layer, "combine")
-        out = combine(returned, position, routing.weights, is_permutation=True)
-        self._backward.after_layer(layer)
-        return out
+        sending = Sending(sent.div(top_k, rounding_mode="floor"), position, is_permutation=True)
+        out = travel(layer, self._backward, tokens, routing.weights, sending, mine)
+        return out if beside is None else out + beside
 
 
-def _report(layer: ShardedLayer, loads: np.ndarray, routes: Routes) -> None:
-    load = layer.load
-    load.tokens = loads.sum(axis=0).tolist()
-    load.hot = tuple(np.flatnonzero(routes.holders.sum(axis=1) > 1).tolist())
-    load.dispatch_bytes = 0
-    at_owner = np.bincount(layer.base.owners, weights=load.tokens, minlength=layer.group.world_size)
-    computed = routes.quotas.sum(axis=(0, 1))
-    load.imbalance_before, load.imbalance_after = _imbalance(at_owner), _imbalance(computed)
+class FixedDispatcher:
+    """Every rank sends ``rows_per_expert`` rows to every expert, so that all routes are known beforehand.
 
-
-def _imbalance(by_rank: np.ndarray) -> float:
-    return float(by_rank.max() / by_rank.mean()) if by_rank.any() else 1.0
-
-
-class _AllToAll(torch.autograd.Function):
-    """An all-to-all whose counts all ranks know already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send_counts: list[int], recv_counts: list[int], layer: Any, step: str) -> Tensor:
-        ctx.send_counts, ctx.recv_counts, ctx.layer, ctx.step = send_counts, recv_counts, layer, step
-        return _all_to_all(x, send_counts, recv_counts, layer, step)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        back = _all_to_all(grad, ctx.recv_counts, ctx.send_counts, ctx.layer, f"{ctx.step} backward")
-        return back, None, None, None, None
-
-
-def _all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], layer: ShardedLayer, step: str) -> Tensor:
-    group = layer.group
-    operation = group.operation(f"FSSDP {step} ({layer.fqn})")
-
-    def run() -> Tensor:
-        before = group.stats()
-        out, _ = run_all_to_all(group, operation, x, send_counts, recv_counts, trusted=True)
-        layer.count_dispatch(group.stats().since(before))
-        return out
-
-    with record_function(f"FSSDP::{step} ({layer.fqn})"):
-        return group.run(operation, run)
-
-
-class _HeldExperts(torch.autograd.Function):
-    """Grouped compute over the experts that this rank holds.
-
-    The parameters are inputs so that autograd records the node; their gradients do not go back through it, but to
-    `Backward`, which brings those of replicas to their owners and sets ``.grad`` when the whole backward ends.
+    A forward and backward then make no exchange between hosts, read nothing from a device and have the same shapes
+    every time: on a GPU, a graph can capture them.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        counts: list[int],
-        experts: np.ndarray,
-        materialized: Materialized,
-        layer: ShardedLayer,
-        backward: Backward,
-        *weights: Tensor,
+    def __init__(self, layer: ShardedLayer, backward: Backward, place: Placement, rows_per_expert: int) -> None:
+        self._layer = layer
+        self._backward = backward
+        self._rows_per_expert = layer.load.rows_per_expert = rows_per_expert
+        group = layer.group
+        loads = np.full((group.world_size, place.num_chunks), rows_per_expert, np.int64)
+        routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
+        _report(layer, routes)
+        self._routes = LocalRoutes.of(routes.of_rank(group.rank), layer.experts[0].device)
+        # The last entry is what slot -1 finds.
+        place_of_slot = inverse_permutation(self._routes.send_order)
+        self._place_of_slot = torch.cat([place_of_slot, place_of_slot.new_full((1,), -1)])
+
+    def __call__(
+        self, tokens: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor] | None = None
     ) -> Tensor:
-        activation = layer.layer.experts.activation
-        y, hidden = grouped_forward(x, counts, layer.rows(materialized, experts), activation)
-        # Saving the parameters, of which rows are taken again in backward, lets autograd notice in-place changes.
-        ctx.save_for_backward(x, hidden, *weights)
-        ctx.counts, ctx.experts, ctx.materialized = counts, experts, materialized
-        ctx.layer, ctx.backward = layer, backward
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, *weights = ctx.saved_tensors
-        layer: ShardedLayer = ctx.layer
-        materialized: Materialized = ctx.materialized
-        trains = any(ctx.needs_input_grad[6:])
-        owned = tuple(torch.empty_like(weight) for weight in weights) if trains else ()
-        replicas = tuple(torch.empty_like(weight) for weight in materialized.weights) if trains else ()
-        dx = grouped_backward(
-            dy.contiguous(),
-            x,
-            hidden,
-            ctx.counts,
-            layer.rows(materialized, ctx.experts),
-            layer.layer.experts.activation,
-            _grad_rows(layer, materialized, ctx.experts, owned, replicas) if trains else None,
-            ctx.needs_input_grad[0],
-            # The gradient rule's 1/W costs nothing as a factor of the matrix product.
-            scale=1 / layer.group.world_size,
-        )
-        if trains:
-            ctx.backward.reduce(layer, materialized, owned, replicas)
-        return dx, None, None, None, None, None, *(None for _ in weights)
+        layer, top_k = self._layer, routing.expert_ids.shape[1]
+        layer.prefetch()  # where the layer before did not, as in the first forward
+        if torch.is_grad_enabled() and not tokens.requires_grad:
+            # Ranks do not ask each other whose tokens require a gradient, so all of them record the same graph.
+            tokens = tokens.detach().requires_grad_()
+        order, counts = sort_by_expert(routing.expert_ids, experts.num_experts)
+        slots = assign_slots(routing.expert_ids, order, counts, self._rows_per_expert)
+        token = slots.assignment[self._routes.send_order].div(top_k, rounding_mode="floor")
+        sending = Sending(token, self._place_of_slot[slots.slot], is_permutation=False)
+        layer.load.dispatch_bytes, layer.load.chosen = 0, counts
+        beside = None if meanwhile is None else meanwhile()
+        out = travel(layer, self._backward, tokens, routing.weights, sending, self._routes)
+        return out if beside is None else out + beside
 
 
-def _grad_rows(
-    layer: ShardedLayer,
-    materialized: Materialized,
-    experts: np.ndarray,
-    owned: tuple[Tensor, ...],
-    replicas: tuple[Tensor, ...],
-) -> list[Row]:
-    """Where each held expert's gradient is written: hot ones to be reduced, others straight to the owned rows."""
-    at_owner = dict(zip(layer.layer.experts.owned, rows_of(owned), strict=True))
-    hot = dict(zip(layer.held_hot(materialized), rows_of(replicas), strict=True))
-    return [hot[expert] if expert in hot else at_owner[expert] for expert in experts.tolist()]
+def _report(layer: ShardedLayer, routes: Routes) -> None:
+    load = layer.load
+    load.hot = tuple(np.flatnonzero(routes.holders.sum(axis=1) > 1).tolist())
+    load.dispatch_bytes = 0
+    rows = routes.quotas.sum(axis=(0, 2))
+    at_owner = np.bincount(layer.base.owners, weights=rows, minlength=layer.group.world_size)
+    load.imbalance_before, load.imbalance_after = _imbalance(at_owner), _imbalance(routes.quotas.sum(axis=(0, 1)))
+
+
+def _imbalance(by_rank: NDArray[np.floating | np.integer]) -> float:
+    return float(by_rank.max() / by_rank.mean()) if by_rank.any() else 1.0

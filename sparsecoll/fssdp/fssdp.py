@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import struct
-from collections.abc import Mapping
-from dataclasses import is_dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsecoll.balance import Balancer, find_balancer
@@ -17,13 +18,13 @@ from sparsecoll.collectives import sparse_all_gather
 from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.errors import CollectiveMismatch, InvalidArgument
 from sparsecoll.fssdp.backward import Backward
-from sparsecoll.fssdp.dense import broadcast
-from sparsecoll.fssdp.dispatch import ShardedDispatcher
+from sparsecoll.fssdp.dense import broadcast, gather_from_ranks
+from sparsecoll.fssdp.dispatch import FixedDispatcher, LoadDispatcher
 from sparsecoll.fssdp.layer import ShardedLayer
 from sparsecoll.fssdp.prefetch import PrefetchOrder
 from sparsecoll.fssdp.reports import LayerLoad, MemoryReport, ReplicaMemory, memory_report
 from sparsecoll.group import Group, resolve_group
-from sparsecoll.moe import MoELayer
+from sparsecoll.moe import Capacity, MoELayer
 from sparsecoll.moe.experts import Row, rows_of
 from sparsecoll.placement import Placement
 from sparsecoll.plan import Plan
@@ -33,7 +34,13 @@ __all__ = ["FSSDP", "FSSDPModule"]
 _log = logging.getLogger("sparsecoll")
 
 
-def FSSDP(module: nn.Module, *, group: Any = None, balancer: str | Balancer = "busiest") -> FSSDPModule:
+def FSSDP(
+    module: nn.Module,
+    *,
+    group: Any = None,
+    balancer: str | Balancer = "busiest",
+    capacity: Capacity | None = None,
+) -> FSSDPModule:
     """Applies fully sharded sparse data parallelism to ``module``, in place (Hecate, sections 3 and 4).
 
     Every `MoELayer` inside keeps only its share of the experts on each rank, parameters and (through any torch
@@ -44,38 +51,56 @@ def FSSDP(module: nn.Module, *, group: Any = None, balancer: str | Balancer = "b
     Gradients after ``backward()``, of experts and of dense parameters alike, are those of the mean over ranks of what
     each rank's loss was. Wrap before or after making the optimizer, but before its first step.
 
+    With a ``capacity`` every rank sends a fixed number of rows to every expert, and replicas are where it says. Tokens
+    may then miss experts, and what does not change between steps is agreed on here once: a step that only computes and
+    averages makes no exchange between hosts, has the same shapes each time, and never waits for a GPU, so that a CUDA
+    graph can capture it. In exchange it is the caller's part that all ranks run forward and backward in the same mode
+    (training or not, gradients or not), with the same parameters requiring gradients; a dense parameter that requires
+    one and has none gets zeros; and the layers' inputs always take part in the graph.
+
     Collective: all ranks call it, with models of equal structure.
-    Stream: CPU models only.
+    Stream: forward and backward run in order on the current stream, which must be that of the caller's own work on the
+        model; collectives overlap with it on streams of their own, and their results are ready on it. Where the host
+        waits for the device is listed in ``sparsecoll/fssdp/dispatch.py``. Gradients are set on the stream that is
+        current where ``backward()`` is called.
     Memory: a rank keeps its own experts and, from forward to backward, copies of the hot ones.
 
     Args:
-        module: holds at least one `MoELayer`, and is called as a whole for a forward.
+        module: holds at least one `MoELayer`, and is called as a whole for a forward. Its parameters and buffers are
+            on the group's device.
         group: a Group, torch ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator; None is the default.
-        balancer: ``busiest``, ``none`` (plain expert parallelism), or an object with `Balancer`'s interface.
+        balancer: ``busiest``, ``none`` (plain expert parallelism), or an object with `Balancer`'s interface. It is not
+            asked where there is a ``capacity``, for nobody could tell it the loads.
+        capacity: None for routes that follow the loads of each forward and drop nothing.
 
     Returns:
         The same module, whose class is now a subclass of its own and of `FSSDPModule`.
 
     Raises:
-        InvalidArgument: no MoE layer, wrapped already, parameters on the meta device or on a GPU.
-        CollectiveMismatch: models differ between ranks.
+        InvalidArgument: no MoE layer, wrapped already, parameters elsewhere than on the group's device, or a capacity
+            that does not fit the layers.
+        CollectiveMismatch: models or capacities differ between ranks.
     """
     resolved = resolve_group(group)
-    chosen, layers = _agree_on_structure(module, balancer, resolved)
+    agreed = _agree_on_structure(module, balancer, capacity, resolved)
     memory, order = ReplicaMemory(), PrefetchOrder()
-    resolved.reserve_record(64 + 8 * max(each.experts.num_experts for each in layers.values()))
+    resolved.reserve_record(64 + 8 * max(each.experts.num_experts for each in agreed.layers.values()))
     with torch.no_grad():
         broadcast([*module.parameters(), *module.buffers()], resolved)
     sharded = {}
-    for name, each in layers.items():
-        base = Placement.even(each.experts.num_experts, resolved.world_size)
-        sharded[name] = ShardedLayer(name, each, resolved, base, chosen, memory)
+    for name, each in agreed.layers.items():
+        decides = agreed.balancer if capacity is None else _Always(agreed.places[name])
+        sharded[name] = ShardedLayer(name, each, resolved, agreed.bases[name], decides, memory)
         _shard_experts(sharded[name])
     experts = {id(weight) for layer in sharded.values() for weight in layer.experts}
     dense = [param for param in module.parameters() if id(param) not in experts]
-    backward = Backward(resolved, dense, order)
-    for layer in sharded.values():
-        layer.layer.dispatcher = ShardedDispatcher(layer, backward)
+    backward = Backward(resolved, dense, order, averages_missing=capacity is not None)
+    for name, layer in sharded.items():
+        layer.layer.dispatcher = (
+            LoadDispatcher(layer, backward)
+            if capacity is None
+            else FixedDispatcher(layer, backward, agreed.places[name], capacity.rows_per_expert)
+        )
 
     def before_forward(*_: Any) -> None:
         backward.watch()
@@ -86,8 +111,19 @@ def FSSDP(module: nn.Module, *, group: Any = None, balancer: str | Balancer = "b
     assert isinstance(module, FSSDPModule)
     module._fssdp = _State(resolved, sharded, dense, backward, memory)
     if resolved.rank == 0:
-        _log.info("FSSDP: %d MoE layers on %s: %s", len(layers), resolved, ", ".join(layers))
+        _log.info("FSSDP: %d MoE layers on %s: %s", len(sharded), resolved, ", ".join(sharded))
     return module
+
+
+@dataclass(frozen=True)
+class _Always:
+    """The balancer of a fixed capacity."""
+
+    answer: Placement
+    window: int = 1
+
+    def place(self, history: Sequence[NDArray[np.int64]], base: Placement) -> Placement:
+        return self.answer
 
 
 class _State:
@@ -128,9 +164,10 @@ class FSSDPModule(nn.Module):
         parameter once.
 
         Collective: all ranks call it.
+        Stream: on a GPU, in order on the current stream; the host waits only with ``error_if_nonfinite``.
 
         Returns:
-            The norm before clipping, equal on all ranks.
+            The norm before clipping, equal on all ranks; a scalar on the device of the gradients.
 
         Raises:
             InvalidArgument: ``norm_type`` is not positive.
@@ -141,19 +178,19 @@ class FSSDPModule(nn.Module):
         state = self._fssdp
         experts = [w.grad for layer in state.layers.values() for w in layer.experts if w.grad is not None]
         dense = [param.grad for param in state.dense if param.grad is not None]
-        # The owners' norms are added up in rank order, so that all ranks get the same bits.
-        packed = struct.pack("<d", _power_sum(experts, norm_type))
-        shares = [struct.unpack("<d", each)[0] for each in state.group.exchange(packed, "clip_grad_norm_")]
-        shares.append(_power_sum(dense, norm_type))
-        total = max(shares) if math.isinf(norm_type) else math.fsum(shares) ** (1 / norm_type)
+        device = next(self.parameters()).device
+        # Every rank adds up the same numbers in the same order, so that all get the same bits.
+        shares = gather_from_ranks(_power_sum(experts, norm_type, device), state.group)
+        shares = torch.cat([shares, _power_sum(dense, norm_type, device).view(1)])
+        total = shares.max() if math.isinf(norm_type) else shares.sum() ** (1 / norm_type)
         if error_if_nonfinite and not math.isfinite(total):
             raise RuntimeError(f"clip_grad_norm_: expected a finite norm of order {norm_type}, got {total}")
-        scale = max_norm / (total + 1e-6)
-        if not scale >= 1:  # a NaN scales too, as in torch
-            for grad in (*experts, *dense):
-                grad.mul_(scale)
-        dtype = torch.get_default_dtype() if not (experts or dense) else (experts or dense)[0].dtype
-        return torch.tensor(total, dtype=dtype)
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # a NaN stays, as in torch
+        for grad in (*experts, *dense):
+            # Not a scalar tensor, for that would be rounded to 16 bits first.
+            factor = scale.to(torch.promote_types(grad.dtype, torch.float32)).view([1] * grad.ndim)
+            torch.mul(grad, factor, out=grad)
+        return total.to((experts or dense)[0].dtype if experts or dense else torch.get_default_dtype())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Each rank takes its own experts from a complete state dict, and everything else.
@@ -179,7 +216,7 @@ class FSSDPModule(nn.Module):
 
     def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
         """Bytes in this rank's memory, with those of ``optimizer``'s state if it is given."""
-        return memory_report(self, self._fssdp.memory, optimizer, self._fssdp.group.arenas.reserved_bytes)
+        return memory_report(self, self._fssdp.memory, optimizer, self._fssdp.group.staging_bytes)
 
     def last_plan(self, layer: str | MoELayer) -> Plan | None:
         """The plan of a layer's last sparse all-gather, or None if it had no replicas yet.
@@ -199,17 +236,29 @@ class FSSDPModule(nn.Module):
         raise InvalidArgument("FSSDP: expected state_dict() to be saved; a wrapped module cannot be pickled")
 
 
+class _Agreed(NamedTuple):
+    """What all ranks have found alike; Placements by the layer's name, before and after replication."""
+
+    balancer: Balancer
+    layers: dict[str, MoELayer]
+    bases: dict[str, Placement]
+    places: dict[str, Placement]
+
+
 def _agree_on_structure(
-    module: nn.Module, balancer: str | Balancer, group: Group
-) -> tuple[Balancer, dict[str, MoELayer]]:
-    """Finds the layers and the balancer; a refusal on one rank, or any difference, raises on all."""
+    module: nn.Module, balancer: str | Balancer, capacity: Capacity | None, group: Group
+) -> _Agreed:
+    """Finds the layers and what decides about them; a refusal on one rank, or any difference, raises on all."""
+    layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
+    bases = {name: Placement.even(each.experts.num_experts, group.world_size) for name, each in layers.items()}
+    places: dict[str, Placement] = {}
     problem: Exception | None = None
     try:
         chosen = find_balancer(balancer)
-        _check(module)
+        _check(module, torch.device(group.device))
+        places = bases if capacity is None else capacity.placements(bases)
     except InvalidArgument as error:
         problem = InvalidArgument(f"FSSDP: {error} {group.place_of_error}")
-    layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
     structure = {
         "parameters": [
             [name, list(each.shape), str(each.dtype), each.requires_grad] for name, each in module.named_parameters()
@@ -221,15 +270,17 @@ def _agree_on_structure(
         ],
         # Balancers that are no dataclasses have addresses in their names.
         "balancer": repr(balancer) if is_dataclass(balancer) or isinstance(balancer, str) else str(type(balancer)),
+        "rows_per_expert": None if capacity is None else capacity.rows_per_expert,
+        "replicas": [[name, [np.flatnonzero(row).tolist() for row in each.holders]] for name, each in places.items()],
     }
     operation = group.operation("FSSDP")
     group.run(
         operation, lambda: agree(group, operation, digest_of("FSSDP", structure), lambda: structure, problem=problem)
     )
-    return chosen, layers
+    return _Agreed(chosen, layers, bases, places)
 
 
-def _check(module: nn.Module) -> None:
+def _check(module: nn.Module, device: torch.device) -> None:
     if isinstance(module, FSSDPModule):
         raise InvalidArgument(f"expected a module that is not wrapped yet, got {type(module).__name__}")
     layers = [each for each in module.modules() if isinstance(each, MoELayer)]
@@ -240,8 +291,10 @@ def _check(module: nn.Module) -> None:
     if any(each.experts.gather_rows is not None for each in layers):
         raise InvalidArgument("expected experts that are not sharded yet, got some that are")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise InvalidArgument(f"expected parameters on the CPU, got {name} on {tensor.device}")
+        if tensor.device != device:
+            raise InvalidArgument(
+                f"expected parameters and buffers on {device} (as the group), got {name} on {tensor.device}"
+            )
 
 
 def _shard_experts(layer: ShardedLayer) -> None:
@@ -261,12 +314,10 @@ def _shard_experts(layer: ShardedLayer) -> None:
     experts.gather_rows = gather_rows
 
 
-def _power_sum(grads: list[Tensor], norm_type: float) -> float:
-    """Sum of the ``norm_type``-th powers of all elements, or their largest for the infinity norm."""
-    if not grads:
-        return 0.0
-    norms = torch.stack(
-        [torch.linalg.vector_norm(g, norm_type, dtype=torch.float64) for g in grads if g.numel()]
-        or [torch.zeros((), dtype=torch.float64)]
-    )
-    return float(norms.max() if math.isinf(norm_type) else (norms**norm_type).sum())
+def _power_sum(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """Sum of the ``norm_type``-th powers of all elements, or their largest for the infinity norm: float64, scalar."""
+    norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in grads if grad.numel()]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    stacked = torch.stack(norms)
+    return stacked.max() if math.isinf(norm_type) else (stacked**norm_type).sum()

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sparsecoll.balance import Balancer
-from sparsecoll.collectives.agreement import agree, digest_of
+from sparsecoll.collectives.agreement import digest_of
 from sparsecoll.collectives.call import Call
+from sparsecoll.collectives.counts import CountExchange
 from sparsecoll.collectives.pending import Pending
 from sparsecoll.errors import InvalidArgument, SparsecollError
 from sparsecoll.fssdp.reports import LayerLoad, ReplicaMemory
@@ -161,41 +162,47 @@ class ShardedLayer:
         """Hot experts of which this rank has a row, ascending."""
         return [expert for expert in materialized.hot if materialized.place.holders[expert, self.group.rank]]
 
-    def exchange_counts(self, counts: Tensor, requires_grad: bool) -> tuple[NDArray[np.int64], bool]:
-        """All ranks learn all loads, ``[W, E]``, from this rank's ``counts`` ``[E]``.
+    def start_counts(self, counts: Tensor, requires_grad: bool) -> CountExchange:
+        """Starts the one exchange that a layer needs in forward; issues the gather of replicas first.
 
-        The one exchange that a layer needs in forward. It carries the digest of everything on which ranks must agree,
-        and whether the tokens of any rank require a gradient: the second result, by which all ranks record the same
-        graph and so communicate alike in backward.
+        It carries this rank's ``counts`` ``[E]``, the digest of everything on which ranks must agree, and whether the
+        tokens of this rank require a gradient.
         """
         place = self.prefetch()
         assert self._decision is not None
-        problem = self._decision.problem
-        operation = self.group.operation(f"FSSDP counts ({self.fqn})")
         training, recording = self.layer.training, torch.is_grad_enabled()
-        digest = digest_of("FSSDP counts", self.fqn, place.digest, training, recording)
 
         def describe() -> dict[str, object]:
             holders = [np.flatnonzero(row).tolist() for row in place.holders]
             return {"layer": self.fqn, "holders": holders, "training": training, "grad_enabled": recording}
 
-        payload = np.array([*counts.tolist(), requires_grad], "<i8").tobytes()
+        return CountExchange(
+            self.group,
+            f"FSSDP counts ({self.fqn})",
+            digest_of("FSSDP counts", self.fqn, place.digest, training, recording),
+            describe,
+            counts,
+            requires_grad,
+            self._decision.problem,
+        )
+
+    def finish_counts(self, exchange: CountExchange) -> tuple[NDArray[np.int64], bool]:
+        """All loads ``[W, E]``, and whether the tokens of any rank require a gradient.
+
+        By the latter all ranks record the same graph, and so communicate alike in backward.
+        """
         try:
             with record_function(f"FSSDP::exchange_counts ({self.fqn})"):
-                payloads = self.group.run(
-                    operation,
-                    lambda: agree(self.group, operation, digest, describe, problem=problem, payload=payload),
-                )
+                loads, flags = exchange.result()
         except SparsecollError:
             # Nobody may answer this gather; its buffers stay, for the back end may still use them.
+            assert self._decision is not None
             self._given_up.append(self._decision)
             self._decision = None
             raise
-        exchanged = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
-        loads = exchanged[:, :-1]
-        if training and not is_recomputing():
+        if self.layer.training and not is_recomputing():
             self._history.append(loads)
-        return loads, bool(exchanged[:, -1].any())
+        return loads, bool(flags.any())
 
     def count_dispatch(self, moved: Counters) -> None:
         """Adds the traffic of an all-to-all to the report."""

@@ -23,14 +23,18 @@ class LayerLoad:
     Attributes:
         fqn: name of the layer.
         num_experts: over all ranks.
-        tokens: ``[num_experts]`` assignments over all ranks.
-        imbalance_before: busiest rank over mean rank, in assignments, had every expert computed at its owner.
+        tokens: ``[num_experts]`` assignments over all ranks; empty with a fixed capacity, where no rank learns them.
+        imbalance_before: busiest rank over mean rank, in rows, had every expert computed at its owner. With a fixed
+            capacity rows of zeros count as any other.
         imbalance_after: the same as it was computed, with replicas.
         hot: experts that had replicas.
         gathered: what the sparse all-gather moved (`Counters`).
         reduced: what the sparse reduce-scatter moved.
         dispatch_bytes: sent by all-to-all, forward and backward.
         dense_bytes: what this rank would have sent had the all-gather and reduce-scatter been dense.
+        rows_per_expert: the fixed capacity, or None.
+        chosen: int64 ``[num_experts]`` on the device with a fixed capacity, this rank's assignments; otherwise None.
+            Under a captured graph it is the last replay's; what Python counts (bytes) is the capture's.
     """
 
     fqn: str
@@ -43,6 +47,15 @@ class LayerLoad:
     reduced: Counters = field(default_factory=Counters)
     dispatch_bytes: int = 0
     dense_bytes: int = 0
+    rows_per_expert: int | None = None
+    chosen: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def dropped(self) -> list[int]:
+        """``[num_experts]`` assignments of this rank that were beyond the capacity; waits for the device."""
+        if self.rows_per_expert is None or self.chosen is None:
+            return [0] * self.num_experts
+        return (self.chosen - self.rows_per_expert).clamp(min=0).tolist()
 
     @property
     def sparse_bytes(self) -> int:
@@ -51,12 +64,15 @@ class LayerLoad:
 
     @property
     def dead_experts(self) -> list[int]:
-        """Experts that no token chose."""
+        """Experts that no token of any rank chose; empty with a fixed capacity."""
         return [expert for expert, tokens in enumerate(self.tokens) if tokens == 0]
 
     @property
     def percentiles(self) -> dict[str, float]:
-        """Load of experts over the load that each would have in perfect balance: p50, p75, p90, p95, max."""
+        """Load of experts over the load that each would have in perfect balance: p50, p75, p90, p95, max.
+
+        All 0 where there are no tokens, or no rank knows them.
+        """
         mean = sum(self.tokens) / max(1, len(self.tokens))
         relative = np.asarray(self.tokens, float) / mean if mean else np.zeros(max(1, len(self.tokens)))
         named = {f"p{q}": float(np.percentile(relative, q)) for q in (50, 75, 90, 95)}

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsecoll.errors import SparsecollError
 from sparsecoll.moe.activation import Activation, find_activation
-from sparsecoll.moe.grouped import Groups, grouped_product, grouped_weight_gradient
+from sparsecoll.moe.grouped import Counts, Groups, grouped_product, grouped_weight_gradient
 
 __all__ = ["Experts", "GroupedFFN", "Row", "grouped_backward", "grouped_forward", "rows_of"]
 
@@ -32,14 +32,14 @@ def rows_of(weights: Sequence[Tensor]) -> list[Row]:
 
 
 @torch.no_grad()
-def grouped_forward(
-    x: Tensor, counts: Sequence[int], rows: Sequence[Row], activation: Activation
-) -> tuple[Tensor, Tensor]:
+def grouped_forward(x: Tensor, counts: Counts, rows: Sequence[Row], activation: Activation) -> tuple[Tensor, Tensor]:
     """Feeds each expert its tokens.
 
     Args:
         x: ``[N, D]``, contiguous, sorted by expert.
-        counts: ``[n]``, how many rows of ``x`` belong to each expert.
+        counts: ``[n]``, how many rows of ``x`` belong to each expert, as host integers, as an int64 tensor on the
+            device of ``x``, or as `Groups`, which remember both. Where torch has a grouped product for the dtype, a
+            GPU's counts stay there; elsewhere the host waits to learn them.
         rows: ``[n]``, see [Note: rows]; all of ``x``'s dtype.
 
     Returns:
@@ -47,9 +47,9 @@ def grouped_forward(
     """
     if not rows:  # A rank may hold no expert at all; it then gets no tokens either.
         return torch.empty_like(x), x.new_empty(0, 0)
+    groups = Groups.of(counts, x.device)
     if not x.is_cuda:
-        return _forward_by_expert(x, counts, rows, activation)
-    groups = Groups(counts, x.device)
+        return _forward_by_expert(x, groups.counts, rows, activation)
     h = grouped_product(x, [first.t() for first, _ in rows], groups)
     y = grouped_product(activation.forward(h), [second.t() for _, second in rows], groups)
     return y, h
@@ -60,7 +60,7 @@ def grouped_backward(
     dy: Tensor,
     x: Tensor,
     saved: Tensor,
-    counts: Sequence[int],
+    counts: Counts,
     rows: Sequence[Row],
     activation: Activation,
     grad_rows: Sequence[Row] | None,
@@ -81,9 +81,9 @@ def grouped_backward(
     """
     if not rows:
         return torch.empty_like(x) if need_dx else None
+    groups = Groups.of(counts, x.device)
     if not x.is_cuda:
-        return _backward_by_expert(dy, x, saved, counts, rows, activation, grad_rows, need_dx, scale)
-    groups = Groups(counts, x.device)
+        return _backward_by_expert(dy, x, saved, groups.counts, rows, activation, grad_rows, need_dx, scale)
     dh, activated = activation.backward(grouped_product(dy, [second for _, second in rows], groups), saved)
     if grad_rows is not None:
         grouped_weight_gradient(dy, activated, groups, [second for _, second in grad_rows], scale)
@@ -144,11 +144,11 @@ class GroupedFFN(torch.autograd.Function):
     """`grouped_forward` over stacked weights ``[n, ...]``: ``apply(x, counts, activation, first, second)``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], activation: Activation, *weights: Tensor) -> Tensor:
-        x = x.contiguous()
-        y, h = grouped_forward(x, counts, rows_of(weights), activation)
+    def forward(ctx: Any, x: Tensor, counts: Counts, activation: Activation, *weights: Tensor) -> Tensor:
+        x, groups = x.contiguous(), Groups.of(counts, x.device)
+        y, h = grouped_forward(x, groups, rows_of(weights), activation)
         ctx.save_for_backward(x, h, *weights)
-        ctx.counts, ctx.activation = counts, activation
+        ctx.groups, ctx.activation = groups, activation
         return y
 
     @staticmethod
@@ -161,7 +161,7 @@ class GroupedFFN(torch.autograd.Function):
             dy.contiguous(),
             x,
             h,
-            ctx.counts,
+            ctx.groups,
             rows_of(weights),
             ctx.activation,
             None if gradients is None else rows_of(gradients),
@@ -222,8 +222,11 @@ class Experts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Computes ``x`` ``[N, D]``, sorted by expert, with ``counts[e]`` rows for each row of the parameters."""
+    def forward(self, x: Tensor, counts: Counts) -> Tensor:
+        """Computes ``x`` ``[N, D]``, sorted by expert, with ``counts[e]`` rows for each row of the parameters.
+
+        ``counts`` are as in `grouped_forward`.
+        """
         y: Tensor = GroupedFFN.apply(x, counts, self.activation, *self.weights)
         return y
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Groups", "grouped_product", "grouped_weight_gradient"]
+from sparsecoll.moe.upload import upload
+
+__all__ = ["Counts", "Groups", "grouped_product", "grouped_weight_gradient"]
 
 # In other dtypes grouped_mm refuses, or loops itself and waits for the GPU to learn the counts.
 _GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
@@ -27,16 +29,44 @@ _ALIGNMENT_BYTES = 16
 
 
 class Groups:
-    """How many consecutive rows belong to each expert."""
+    """How many consecutive rows belong to each expert, as the host and as the device know it.
 
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self.counts = list(counts)
+    Each side is derived from the other when it is first asked for: on a GPU, `ends` costs a small copy and no waiting,
+    while `counts` makes the host wait for the device.
+    """
+
+    def __init__(self, counts: Sequence[int] | Tensor, device: torch.device, ends: Tensor | None = None) -> None:
+        """Knows either side, or both.
+
+        Args:
+            counts: ``[n]``, as host integers or as an int64 tensor on ``device``.
+            device: of the rows.
+            ends: what `ends` is to be, if the caller has it.
+        """
+        self._given = counts
         self._device = device
+        if ends is not None:
+            self.ends = ends
+
+    @classmethod
+    def of(cls, counts: Counts, device: torch.device) -> Groups:
+        return counts if isinstance(counts, Groups) else cls(counts, device)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """``[n]``."""
+        return self._given.tolist() if isinstance(self._given, Tensor) else list(self._given)
 
     @cached_property
     def ends(self) -> Tensor:
         """int32 ``[n]``: where each group ends."""
-        return torch.tensor(list(accumulate(self.counts)), dtype=torch.int32, device=self._device)
+        if isinstance(self._given, Tensor):
+            return self._given.cumsum(0, dtype=torch.int32)
+        (ends,) = upload([np.cumsum(self._given, dtype=np.int64)], self._device)
+        return ends.to(torch.int32)
+
+
+Counts = Sequence[int] | Tensor | Groups
 
 
 def grouped_product(x: Tensor, matrices: Sequence[Tensor], groups: Groups) -> Tensor:

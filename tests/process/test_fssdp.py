@@ -29,11 +29,12 @@ def on_transport(check: Callable[[sc.Group], None]) -> Callable[[Transport], Non
 
 
 parity = on_transport(fssdp_checks.check_parity)
+capacity = on_transport(fssdp_checks.check_capacity)
 reported_bytes = on_transport(fssdp_checks.check_bytes)
 state_dict = on_transport(fssdp_checks.check_state_dict)
 disagreement = on_transport(fssdp_checks.check_disagreement)
 
-CHECKS = ["parity", "reported_bytes", "state_dict", "disagreement"]
+CHECKS = ["parity", "capacity", "reported_bytes", "state_dict", "disagreement"]
 
 
 @functools.cache

@@ -167,6 +167,25 @@ def test_activation_checkpointing(use_reentrant: bool, balancer: Busiest | Scatt
     sc.run_local(lambda group: check_script(group, Case(balancer=balancer), recompute) and None, 3)
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
+def test_shared_expert_computes_while_others_are_late(checked: bool) -> None:
+    """Rank 0 does not leave its router before rank 1 has been through its shared expert."""
+    is_through = threading.Event()
+
+    def main(group: sc.Group) -> None:
+        def wait(*_: Any) -> None:
+            assert is_through.wait(10.0), "rank 1 waits too"
+
+        layer: Any = sc.FSSDP(MoELayer(6, 4, 5, 2, shared_hidden_dim=3), group=group)
+        if group.rank == 0:
+            layer.router.register_forward_hook(wait)
+        else:
+            layer.shared_expert.register_forward_hook(lambda *_: is_through.set())
+        layer(torch.ones(4, 6)).sum().backward()
+
+    sc.run_local(main, 2, checked=checked)
+
+
 def test_rank_without_tokens_that_has_no_graph() -> None:
     """Zeros made on the spot instead of an embedding's output: its backward still takes part."""
 
