@@ -1,0 +1,187 @@
+"""The CUDA kernels, typed and checked: what `sparsecoll.native` does on the CPU, and sums and copies by table.
+
+Memory comes in by device address, which needs no alignment except where a function says so; the caller keeps it alive
+until the stream has passed the launch, and contiguous. Nothing allocates or waits, so all can be captured into a CUDA
+graph once their files are loaded (`CudaLauncher`). Results are the same bits on every device and from run to run, and
+those of `sparsecoll.native` except for dot products, whose order of summation differs, and the payloads of NaNs.
+
+`stream` is the handle of the stream that a launch goes to. ``T`` tokens, ``K`` top-k, ``A`` assignments, ``E`` experts,
+``D`` dim of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsecoll.cuda.launcher import Launcher
+from sparsecoll.cuda.tables import MOST_BASES, check_cast
+from sparsecoll.errors import InvalidArgument
+from sparsecoll.native import itemsize
+
+__all__ = ["Kernels"]
+
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_SUMS = {
+    **{dtype: dtype for dtype in _FLOATS},
+    **{"int8": "bits8", "uint8": "bits8", "int16": "bits16", "int32": "bits32", "int64": "bits64"},
+}
+_MOST_THREADS = 256
+# Blocks in a launch: many for each place on the device, so that none waits long for the last; further work by turns.
+_BLOCKS_PER_MULTIPROCESSOR = 64
+# Threads on a multiprocessor that keep its share of the memory busy with one load each.
+_BUSY_THREADS = 1024
+
+
+class Kernels:
+    """All kernels, through one launcher. May be used from any thread.
+
+    Args:
+        launcher: decides where they run.
+    """
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._num_multiprocessors = launcher.num_multiprocessors
+
+    def permute_rows(
+        self, destination: int, source: int, index: int, num_rows: int, row_bytes: int, stream: int
+    ) -> None:
+        """Gathers rows: ``destination[i] = source[index[i]]``, zeros where ``index[i]`` is negative.
+
+        Args:
+            destination: address of ``num_rows`` rows, apart from ``source``.
+            source: address of rows of ``row_bytes``.
+            index: address of int64 ``[num_rows]``, a multiple of 8; trusted to name rows of ``source``.
+
+        Raises:
+            InvalidArgument: a negative size, or no such address.
+        """
+        _check_sizes("permute_rows", num_rows=num_rows, row_bytes=row_bytes)
+        if not num_rows or not row_bytes:
+            return
+        _check_addresses("permute_rows", destination=destination, source=source)
+        _check_integers("permute_rows", index=index)
+        word_bytes = _alignment(destination, source, row_bytes)
+        split = self._split(num_rows, row_bytes // word_bytes, 4)
+        arguments = (destination, source, index, num_rows, row_bytes // word_bytes, *split.arguments)
+        self._launch("permute_rows", f"permute_rows_{word_bytes}", split.grid, split.block, arguments, stream)
+
+    def sum_replicas(self, table: int, num_tiles: int, bases: Sequence[int], dtype: str, stream: int) -> None:
+        """Runs all sums of a table.
+
+        Args:
+            table: address of the words of a `sum_table` for ``dtype``, a multiple of 8.
+            num_tiles: of that table.
+            bases: address of each base that the table names.
+
+        Raises:
+            InvalidArgument: an unknown dtype, a negative size, no such address, or more than `MOST_BASES` bases.
+        """
+        itemsize(dtype)
+        self._run_table("sum_replicas", f"sum_replicas_{_SUMS[dtype]}", table, num_tiles, bases, stream)
+
+    def pack(
+        self, table: int, num_tiles: int, bases: Sequence[int], source_dtype: str, destination_dtype: str, stream: int
+    ) -> None:
+        """Runs all copies of a table, which cast where the dtypes differ: rounding to nearest even, a NaN stays one.
+
+        Args:
+            table: address of the words of a `pack_table` for these dtypes, a multiple of 8.
+            num_tiles: of that table.
+            bases: address of each base that the table names.
+
+        Raises:
+            InvalidArgument: dtypes that are neither one nor in `CASTS`, a negative size, no such address, or more than
+                `MOST_BASES` bases.
+        """
+        check_cast("pack", source_dtype, destination_dtype)
+        kernel = "pack_copy" if source_dtype == destination_dtype else f"pack_{source_dtype}_{destination_dtype}"
+        self._run_table("pack", kernel, table, num_tiles, bases, stream)
+
+    def _run_table(
+        self, operation: str, kernel: str, table: int, num_tiles: int, bases: Sequence[int], stream: int
+    ) -> None:
+        _check_sizes(operation, num_tiles=num_tiles)
+        if len(bases) > MOST_BASES:
+            raise InvalidArgument(f"{operation}: expected at most {MOST_BASES} bases, got {len(bases)}")
+        if not num_tiles:
+            return
+        _check_integers(operation, table=table)
+        arguments = (table, num_tiles, *bases, *(0,) * (MOST_BASES - len(bases)))
+        self._launch(operation, kernel, self._grid(num_tiles), _MOST_THREADS, arguments, stream)
+
+    def _launch(
+        self,
+        source: str,
+        kernel: str,
+        grid: int,
+        block: int,
+        arguments: Sequence[int],
+        stream: int,
+        shared_bytes: int = 0,
+    ) -> None:
+        self._launcher.launch(source, kernel, grid, block, shared_bytes, np.array(arguments, np.int64), stream)
+
+    def _grid(self, num_blocks: int) -> int:
+        return min(num_blocks, self._num_multiprocessors * _BLOCKS_PER_MULTIPROCESSOR)
+
+    def _split(self, num_rows: int, row_units: int, most_units: int) -> _Split:
+        """How threads share rows: each takes up to ``most_units`` units of a row, fewer while threads are wanted."""
+        num_units, wanted = num_rows * row_units, self._num_multiprocessors * _BUSY_THREADS
+        each = most_units
+        while each > 1 and num_units < each * wanted:
+            each //= 2
+        block = _MOST_THREADS
+        while block > 32 and num_units < each * block * self._num_multiprocessors:
+            block //= 2
+        group = min(block, _power_of_two(-(-row_units // each)))
+        segment = each * group
+        num_segments = -(-row_units // segment)
+        grid = self._grid(-(-num_rows * num_segments * group // block))
+        return _Split((segment, num_segments, group.bit_length() - 1), grid, block)
+
+
+class _Split(NamedTuple):
+    """How threads share rows.
+
+    Attributes:
+        arguments: units in a segment of a row, segments of a row, and log2 of the threads that share a segment.
+    """
+
+    arguments: tuple[int, int, int]
+    grid: int
+    block: int
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (size - 1).bit_length()
+
+
+def _alignment(*numbers: int) -> int:
+    """The largest power of two up to 16 that divides all."""
+    bits = 16
+    for number in numbers:
+        bits |= number
+    return bits & -bits
+
+
+def _check_sizes(operation: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 0:
+            raise InvalidArgument(f"{operation}: expected {name} >= 0, got {size}")
+
+
+def _check_addresses(operation: str, **addresses: int) -> None:
+    for name, address in addresses.items():
+        if not address:
+            raise InvalidArgument(f"{operation}: expected an address for {name}, got 0")
+
+
+def _check_integers(operation: str, **addresses: int) -> None:
+    for name, address in addresses.items():
+        if not address or address % 8:
+            raise InvalidArgument(f"{operation}: expected an address for {name} that 8 divides, got {address}")
