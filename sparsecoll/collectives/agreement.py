@@ -16,7 +16,7 @@ from sparsecoll.errors import CollectiveMismatch, SparsecollError
 from sparsecoll.group import Group
 from sparsecoll.transport.base import Operation
 
-__all__ = ["Description", "agree", "agreed_error", "digest_of"]
+__all__ = ["Description", "agree", "agreed_error", "check_headers", "digest_of", "header"]
 
 _HEADER = struct.Struct("<?16sQI")  # sound, digest, number of the operation, length of the payload
 _LENGTH = struct.Struct("<I")
@@ -53,15 +53,32 @@ def agree(
         InvalidArgument: ``problem``, on the rank that has it.
         CollectiveMismatch: on all other ranks, or on all where digests differ.
     """
-    record = _HEADER.pack(problem is None, b"" if problem else digest, operation.sequence, len(payload))
+    record = header(operation, digest, problem, len(payload))
     if len(record) + len(payload) <= group.record_bytes:
         record += payload
     records = group.transport.exchange(record.ljust(group.record_bytes, b"\0"), operation)
+    check_headers(group, operation, records, describe, problem)
+    if len(record) == _HEADER.size + len(payload):
+        return [each[_HEADER.size : _HEADER.size + len(payload)] for each in records]
+    return group.transport.exchange(payload, operation)
+
+
+def header(operation: Operation, digest: bytes, problem: Exception | None, payload_bytes: int) -> bytes:
+    """What a record of `agree` begins with: whether this rank is sound, and the digest of what must be equal."""
+    return _HEADER.pack(problem is None, b"" if problem else digest, operation.sequence, payload_bytes)
+
+
+def check_headers(
+    group: Group,
+    operation: Operation,
+    records: Sequence[bytes],
+    describe: Callable[[], Description],
+    problem: Exception | None,
+) -> None:
+    """Raises on all ranks, as `agree` does, unless the headers of all records are equal and sound."""
     headers = [_HEADER.unpack_from(each) for each in records]
-    if all(header == headers[0] and header[0] for header in headers):
-        if len(record) == _HEADER.size + len(payload):
-            return [each[_HEADER.size : _HEADER.size + len(payload)] for each in records]
-        return group.transport.exchange(payload, operation)
+    if all(each == headers[0] and each[0] for each in headers):
+        return
     details = _exchange_details(group, operation, problem, describe)
     raise agreed_error(problem) if problem is not None else agreed_error(_difference(group, operation, details))
 

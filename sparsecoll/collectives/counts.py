@@ -1,4 +1,9 @@
-"""The one exchange that an MoE layer cannot do without: all ranks learn all loads, and that they agree."""
+"""The one exchange that an MoE layer cannot do without: all ranks learn all loads, and that they agree.
+
+[Note: on a GPU] Counts are on the device, and the host needs those of all ranks to know sizes. So each rank's header is
+sent to the device, header and counts are gathered there, and all of it comes back in one small copy, issued at once: the
+host waits for the copy when it asks for the result, and may issue other work before.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsecoll.collectives.agreement import Description, agree
+from sparsecoll.collectives.agreement import Description, agree, check_headers, header
+from sparsecoll.collectives.buffers import buffer_of
 from sparsecoll.group import Group
+from sparsecoll.transport.base import Operation
+from sparsecoll.transport.stream import Buffer, StreamTransport
 
 __all__ = ["CountExchange"]
+
+_HEADER_BYTES = 64
+_FLAG = _HEADER_BYTES - 1
+
+Counts = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 
 class CountExchange:
@@ -37,20 +50,61 @@ class CountExchange:
         self._group = group
         self._operation = group.operation(name)
         self._agreed = digest, describe, problem
-        self._counts, self._flag = counts, flag
+        self._counts, self._flag = counts.contiguous(), flag
+        self._on_device: _DeviceExchange | None = None
+        if isinstance(group.transport, StreamTransport):
+            transport = group.transport
+            begin = header(self._operation, digest, problem, self._counts.nbytes).ljust(_FLAG, b"\0") + bytes([flag])
+            self._on_device = group.run(
+                self._operation, lambda: _DeviceExchange(transport, self._operation, begin, self._counts)
+            )
 
-    def result(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def result(self) -> Counts:
         """The counts ``[world_size, num_experts]`` and flags ``[world_size]`` of all ranks.
 
         Raises:
             InvalidArgument, CollectiveMismatch: as `agree` does; on all ranks.
+            CollectiveTimeout, PeerFailure, TransportError: the group is unusable afterwards.
         """
+        return self._group.run(self._operation, self._on_host if self._on_device is None else self._from_device)
+
+    def _on_host(self) -> Counts:
         digest, describe, problem = self._agreed
         payload = np.array([*self._counts.tolist(), self._flag], "<i8").tobytes()
-
-        def run() -> list[bytes]:
-            return agree(self._group, self._operation, digest, describe, problem=problem, payload=payload)
-
-        payloads = self._group.run(self._operation, run)
+        payloads = agree(self._group, self._operation, digest, describe, problem=problem, payload=payload)
         exchanged = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
         return exchanged[:, :-1], exchanged[:, -1] != 0
+
+    def _from_device(self) -> Counts:
+        assert self._on_device is not None
+        _, describe, problem = self._agreed
+        records = self._on_device.result()
+        check_headers(self._group, self._operation, [each.tobytes() for each in records], describe, problem)
+        return records[:, _HEADER_BYTES:].copy().view(np.int64), records[:, _FLAG] != 0
+
+
+class _DeviceExchange:
+    """Records gathered on the device and copied to the host."""
+
+    def __init__(self, transport: StreamTransport, operation: Operation, begin: bytes, counts: Any) -> None:
+        gpu, world_size = transport.gpu, transport.world_size
+        record_bytes = len(begin) + counts.nbytes
+        sent, self._received = gpu.pinned(len(begin)), gpu.pinned(world_size * record_bytes)
+        sent[:] = np.frombuffer(begin, np.uint8)
+        with transport.issuing(operation, "torch") as (lane, issue):
+            mine, all_of_them = gpu.allocate(record_bytes, lane), gpu.allocate(world_size * record_bytes, lane)
+            issue.keep = counts, sent, self._received, mine, all_of_them
+            gpu.copy(mine.address, sent.ctypes.data, len(begin), lane.stream)
+            if counts.nbytes:
+                gpu.copy(mine.address + len(begin), buffer_of(counts).address, counts.nbytes, lane.stream)
+            source, destination = (Buffer(each.address, each.num_bytes) for each in (mine, all_of_them))
+            transport.gather(source, destination, lane)
+            gpu.copy(self._received.ctypes.data, destination.address, destination.nbytes, lane.stream)
+        transport.counters.control_bytes += record_bytes * (world_size - 1)
+        transport.counters.control_messages += world_size - 1
+        self._issue, self._shape = issue, (world_size, record_bytes)
+
+    def result(self) -> NDArray[np.uint8]:
+        """``[world_size, record_bytes]``; blocks the host."""
+        self._issue.wait()
+        return self._received.reshape(self._shape)

@@ -261,9 +261,11 @@ class Device:
 
     def _refuse_capture(self, stream: int, what: str) -> None:
         if self.is_capturing(stream):
-            raise InvalidArgument(
+            error = InvalidArgument(
                 f"capture: expected an operation that has run once before with equal sizes, {what} is missing"
             )
+            error.agreed = True  # type: ignore[attr-defined]  # nothing has moved, so the group stays usable
+            raise error
 
 
 class _Bytes:

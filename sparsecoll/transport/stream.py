@@ -27,6 +27,8 @@ from sparsecoll.transport.base import HostTransport, Operation, Transport
 __all__ = ["Buffer", "Issue", "Round", "Slot", "StreamTransport"]
 
 _WATCH_S = 0.02
+_SPIN_S = 2e-4
+_PAUSE_S = 5e-5
 
 
 class Buffer(NamedTuple):
@@ -71,6 +73,7 @@ class Issue:
         self.keep: Any = None
         self._transport = transport
         self._event = transport.gpu.new_event()
+        self._ended_well = False
 
     def close(self, lane: Lane) -> None:
         """Marks the end, when all has been put on ``lane``."""
@@ -78,13 +81,16 @@ class Issue:
 
     def join(self) -> None:
         """Lets the caller's current stream go on only when this has ended; raises what has gone wrong by now."""
-        stream = self._transport.gpu.caller_stream(self.framework)
-        self._transport.check(self.operation)
-        self._event.hold(stream)
+        if not self._ended_well:
+            self._transport.check(self.operation)
+        self._event.hold(self._transport.gpu.caller_stream(self.framework))
 
     def has_ended_well(self) -> bool:
-        """Whether the device has got there."""
-        return self._event.is_done()
+        """Whether the device has got there, and not because everything was broken off."""
+        if not self._ended_well and self._transport.failure is None and self._event.is_done():
+            # Asked once more, for a failure comes before what it breaks off.
+            self._ended_well = self._transport.failure is None
+        return self._ended_well
 
     def is_done(self) -> bool:
         """Whether it has ended, well or badly."""
@@ -98,14 +104,14 @@ class Issue:
             CollectiveTimeout, PeerFailure, TransportError: the operation has failed.
         """
         limit_s = self.operation.remaining_s + 2 * _WATCH_S if timeout_s is None else timeout_s
-        deadline_s = time.monotonic() + limit_s
-        pause_s = 20e-6
+        started_s = time.monotonic()
         while not self.is_done():
-            if time.monotonic() >= deadline_s:
+            waited_s = time.monotonic() - started_s
+            if waited_s >= limit_s:
                 text = f"expected an end within {limit_s:.3g} s, it is still in flight"
                 raise self._transport._error(CollectiveTimeout, self.operation, text)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 1e-3)
+            if waited_s > _SPIN_S:  # what takes longer can wait for the host's clock
+                time.sleep(_PAUSE_S)
         if not self.has_ended_well():
             self._transport.check(self.operation)
 
@@ -179,14 +185,15 @@ class StreamTransport(Transport):
     def check(self, operation: Operation) -> None:
         """Raises what has ended this transport, if anything has."""
         if self.failure is not None:
-            raise type(self.failure)(f"{operation}: {self.failure}")
+            text = str(self.failure)
+            raise type(self.failure)(text if text.startswith(str(operation)) else f"{operation}: {text}")
 
     def exchange(self, record: bytes, operation: Operation) -> list[bytes]:
         self.check(operation)
         return self.control.exchange(record, operation)
 
     def abort(self, reason: str) -> None:
-        self._fail(self._error(TransportError, Operation("abort", 0, 0.0), f"this rank has given up: {reason}"))
+        self._fail(TransportError(f"expected an open transport, this rank aborted: {reason}"))
 
     def close(self) -> None:
         """Waits for what is in flight (each operation has its timeout)."""
