@@ -4,7 +4,8 @@
 the device has. In `LoadDispatcher` that is once for each layer and forward, for the counts that say how many rows
 travel (`sparsecoll.collectives.counts`); in `FixedDispatcher`, and in the backward of both, it is never. Outside of
 layers: ``clip_grad_norm_(error_if_nonfinite=True)``, and the parts of a report that only the device knows. What the
-host works out goes the other way in one copy for each layer, which nobody waits for.
+host works out goes the other way in one copy for each layer, which nobody waits for. Hosts also ask each other, without
+a device, at the end of each backward, who has which dense gradients; with a fixed capacity they do not.
 
 Legend: ``T`` tokens, ``K`` top-k, ``D`` model dim, ``W`` ranks, ``E`` experts.
 """

@@ -76,6 +76,8 @@ def grouped_product(x: Tensor, matrices: Sequence[Tensor], groups: Groups) -> Te
         x: ``[N, A]``, contiguous.
         matrices: n times ``[A, B]``, of any strides.
     """
+    if not len(x):
+        return x.new_empty(0, matrices[0].shape[1] if matrices else 0)
     stacked = _stacked(matrices) if _fits_grouped(x, matrices) else None
     if stacked is not None:
         return F.grouped_mm(x, stacked, offs=groups.ends)
@@ -96,6 +98,10 @@ def grouped_weight_gradient(
         x: ``[N, A]``.
         gradients: n times ``[B, A]``, contiguous.
     """
+    if not len(x):
+        for gradient in gradients:
+            gradient.zero_()
+        return
     stacked = _stacked(gradients) if dy.is_cuda and _fits_grouped(x, gradients) else None
     if stacked is not None:
         torch.mul(F.grouped_mm(dy.t(), x, offs=groups.ends), scale, out=stacked)

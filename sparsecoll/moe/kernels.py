@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecoll import native
+from sparsecoll.cuda import kernels_for
 
 __all__ = ["CudaKernels", "NativeKernels", "RowKernels", "TorchKernels", "kernels_of"]
 
@@ -56,8 +57,6 @@ def kernels_of(x: Tensor) -> RowKernels:
     if x.device.type == "cpu":
         return _NATIVE
     if x.device.type == "cuda":
-        from sparsecoll.cuda import kernels_for
-
         found = kernels_for(torch.cuda.current_device() if x.device.index is None else x.device.index)
         if found is not None:
             return CudaKernels(found)

@@ -48,7 +48,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("name", "world_size"),
-    [(name, world_size) for i, name in enumerate(CASES) for world_size in ([1, 2, 3, 4, 7] if i < 4 else [2, 3])],
+    [(name, world_size) for i, name in enumerate(CASES) for world_size in ([1, 2, 3, 7] if i < 4 else [3])],
 )
 def test_training_equals_one_process(name: str, world_size: int) -> None:
     sc.run_local(lambda group: check_script(group, CASES[name]) and None, world_size)
@@ -208,7 +208,8 @@ def test_what_is_reported() -> None:
             assert report.dispatch_bytes == 2 * num_travelling * case.dim * case.dtype.itemsize
             assert report.gathered.sent_bytes == run.model.last_plan("first").sent_bytes[group.rank]
             assert report.sparse_bytes > 0 or group.rank not in place.owners[place.replicated()]
-            seen.append((moved, report.imbalance_before, report.imbalance_after, report.percentiles))
+            plan = run.model.last_plan("first")
+            seen.append((moved, report.imbalance_before, report.imbalance_after, report.percentiles, plan.digest))
         assert seen[0] == seen[1] == seen[2]
         assert seen[0][1] == 6 / 5 and seen[0][2] >= 1.0, "ten rows of five experts on three ranks"
 

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from sparsecoll.moe import (
     rows_of,
     sort_by_expert,
 )
+from sparsecoll.moe.grouped import Groups, grouped_product, grouped_weight_gradient
+from sparsecoll.moe.upload import upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # The smallest sizes that torch's grouped_mm takes are multiples of 16 bytes; the odd ones go through the loop.
@@ -404,6 +407,17 @@ class TestPermute:
         assert torch.autograd.gradcheck(lambda y: combine(y, position, weights.detach()), y)
 
 
+@pytest.mark.parametrize("device", [*DEVICES, "meta"])
+def test_upload(device: str) -> None:
+    arrays = [np.arange(5), np.empty(0, np.int64), np.array([2**40])]
+    tensors = upload(arrays, torch.device(device))
+    assert [(t.device.type, t.dtype, tuple(t.shape)) for t in tensors] == [
+        (device, torch.int64, array.shape) for array in arrays
+    ]
+    if device != "meta":
+        assert [tensor.tolist() for tensor in tensors] == [array.tolist() for array in arrays]
+
+
 class TestGroupedFFN:
     COUNTS = (3, 0, 4, 1)
 
@@ -443,6 +457,36 @@ class TestGroupedFFN:
         for other in results[1:]:
             for value, reference in zip(other, results[0], strict=True):
                 torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_counts_may_be_known_to_the_host_or_the_device(self, device: str, dtype: torch.dtype) -> None:
+        activation = find_activation("gelu")
+        rows = rows_of([w.detach() for w in Experts(4, 16, 8, activation="gelu", device=device, dtype=dtype).weights])
+        x = torch.randn(8, 16, device=device, dtype=dtype)
+        there = torch.tensor(self.COUNTS, device=device)
+        expected, _ = grouped_forward(x, self.COUNTS, rows, activation)
+        for counts in (list(self.COUNTS), there, Groups(there, x.device), Groups(self.COUNTS, x.device)):
+            y, _ = grouped_forward(x, counts, rows, activation)
+            assert torch.equal(y, expected)
+
+    @pytest.mark.parametrize("counts", [COUNTS, torch.tensor(COUNTS)], ids=["host", "device"])
+    def test_groups_know_both_sides(self, counts: tuple[int, ...] | Tensor) -> None:
+        groups = Groups(counts, torch.device("cpu"))
+        assert groups.counts == [3, 0, 4, 1]
+        assert groups.ends.dtype == torch.int32 and groups.ends.tolist() == [3, 3, 7, 8]
+        ends = torch.zeros(4, dtype=torch.int32)
+        assert Groups(counts, torch.device("cpu"), ends).ends is ends, "what the caller has is not made again"
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_products_of_no_rows(self, device: str, dtype: torch.dtype) -> None:
+        matrices = list(torch.randn(3, 16, 8, device=device, dtype=dtype))
+        groups, gradients = Groups([0, 0, 0], matrices[0].device), [torch.full_like(each, 7) for each in matrices]
+        none = torch.empty(0, 16, device=device, dtype=dtype)
+        assert grouped_product(none, matrices, groups).shape == (0, 8)
+        grouped_weight_gradient(none, none[:, :8], groups, gradients)
+        assert not any(each.any() for each in gradients)
 
     def test_gradients_that_nobody_wants_are_not_computed(self) -> None:
         activation = find_activation("swiglu")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsecoll.moe import MoELayer, combine, inverse_permutation, permute, sort_by_expert
-from sparsecoll.moe.kernels import NativeKernels, RowKernels, TorchKernels, kernels_of
+from sparsecoll.moe.kernels import CudaKernels, NativeKernels, RowKernels, TorchKernels, kernels_of
 
 KINDS = {"native": NativeKernels, "torch": TorchKernels}
 # Tokens, top-k, experts, rows and dim: holes among rows, more tokens than rows, nothing of one or the other.
@@ -132,9 +134,13 @@ def test_a_layer_is_the_same_on_all_kinds(kernels: RowKernels, monkeypatch: pyte
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_who_serves_whom() -> None:
+def test_who_serves_whom(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(kernels_of(torch.zeros(1)), NativeKernels)
     assert isinstance(kernels_of(torch.zeros(1, device="meta")), TorchKernels)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda:3"))
+    for found, kind in ((None, TorchKernels), (object(), CudaKernels)):
+        monkeypatch.setattr("sparsecoll.moe.kernels.kernels_for", {3: found}.__getitem__)
+        assert isinstance(kernels_of(on_gpu), kind)
 
 
 def test_shapes_are_known_without_a_device() -> None:
