@@ -69,6 +69,94 @@ class Kernels:
         arguments = (destination, source, index, num_rows, row_bytes // word_bytes, *split.arguments)
         self._launch("permute_rows", f"permute_rows_{word_bytes}", split.grid, split.block, arguments, stream)
 
+    def combine(
+        self,
+        destination: int,
+        source: int,
+        position: int,
+        weight: int,
+        num_tokens: int,
+        top_k: int,
+        dim: int,
+        dtype: str,
+        stream: int,
+    ) -> None:
+        """Brings rows back to tokens: ``destination[t] = sum over k of weight[t, k] * source[position[t, k]]``.
+
+        Sums are kept in the accumulation dtype, in the order of k, and rounded once.
+
+        Args:
+            destination: address of ``[T, D]``, apart from ``source``.
+            source: address of ``[rows, D]``.
+            position: address of int64 ``[T, K]``, a multiple of 8; trusted to name rows of ``source``; a negative one
+                contributes nothing.
+            weight: address of ``[T, K]`` in ``dtype``, or 0 for weights of one.
+            dtype: a float dtype.
+
+        Raises:
+            InvalidArgument: a negative size, no such address or another dtype.
+        """
+        _check_routing("combine", num_tokens, top_k, dim, dtype)
+        if not num_tokens or not dim:
+            return
+        _check_addresses("combine", destination=destination)
+        if top_k:
+            _check_addresses("combine", source=source)
+            _check_integers("combine", position=position)
+        kernel, row_units = _by_units("combine", dtype, dim, destination, source)
+        split = self._split(num_tokens, row_units, 2)
+        arguments = (destination, source, position, weight, num_tokens, top_k, row_units, *split.arguments)
+        self._launch("combine", kernel, split.grid, split.block, arguments, stream)
+
+    def combine_backward(
+        self,
+        d_source: int,
+        d_weight: int,
+        d_destination: int,
+        source: int,
+        position: int,
+        weight: int,
+        num_tokens: int,
+        top_k: int,
+        dim: int,
+        dtype: str,
+        stream: int,
+    ) -> None:
+        """Gradients of `combine`, whose arguments keep their names.
+
+        ``d_source[position[t, k]] = weight[t, k] * d_destination[t]``, and ``d_weight[t, k]`` is the dot product of
+        ``d_destination[t]`` and ``source[position[t, k]]``, zero where there is no position. Its order of summation
+        depends on ``dim``, ``dtype`` and alignment only. Rows of ``d_source`` that no position names stay untouched.
+
+        Args:
+            d_weight: address of ``[T, K]``, or 0 if not wanted; ``source`` may be 0 then.
+            position: names each row at most once.
+
+        Raises:
+            InvalidArgument: a negative size, no such address or another dtype.
+        """
+        _check_routing("combine_backward", num_tokens, top_k, dim, dtype)
+        if not num_tokens or not top_k or not (dim or d_weight):
+            return
+        _check_integers("combine_backward", position=position)
+        if dim:
+            _check_addresses("combine_backward", d_source=d_source, d_destination=d_destination)
+            if d_weight:
+                _check_addresses("combine_backward", source=source)
+        kernel, row_units = _by_units("combine_backward", dtype, dim, d_source, d_destination, source)
+        num_assignments = num_tokens * top_k
+        group = min(_MOST_THREADS, _power_of_two(-(-row_units // 4)))
+        block = _MOST_THREADS
+        while block > max(32, group) and num_assignments * group < block * self._num_multiprocessors:
+            block //= 2
+        grid = self._grid(-(-num_assignments * group // block))
+        arguments = (
+            *(d_source, d_weight, d_destination, source, position, weight),
+            *(num_assignments, top_k, row_units, group.bit_length() - 1),
+        )
+        shared_bytes = block // 32 * 8 if group > 32 else 0
+        self._launch("combine", kernel, grid, block, arguments, stream, shared_bytes)
+
     def sum_replicas(self, table: int, num_tiles: int, bases: Sequence[int], dtype: str, stream: int) -> None:
         """Runs all sums of a table.
 
@@ -156,9 +244,16 @@ class _Split(NamedTuple):
     block: int
 
 
+def _by_units(operation: str, dtype: str, dim: int, *addresses: int) -> tuple[str, int]:
+    """The kernel for rows at these addresses, and its units in a row: 16 bytes where all are aligned, or elements."""
+    if _alignment(*addresses, dim * itemsize(dtype)) == 16:
+        return f"{operation}_wide_{dtype}", dim * itemsize(dtype) // 16
+    return f"{operation}_{dtype}", dim
+
+
 def _power_of_two(size: int) -> int:
     """The least power of two that is not less."""
-    return 1 << (size - 1).bit_length()
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _alignment(*numbers: int) -> int:
@@ -167,6 +262,12 @@ def _alignment(*numbers: int) -> int:
     for number in numbers:
         bits |= number
     return bits & -bits
+
+
+def _check_routing(operation: str, num_tokens: int, top_k: int, dim: int, dtype: str) -> None:
+    if dtype not in _FLOATS:
+        raise InvalidArgument(f"{operation}: expected dtype to be one of {', '.join(_FLOATS)}, got {dtype}")
+    _check_sizes(operation, num_tokens=num_tokens, top_k=top_k, dim=dim)
 
 
 def _check_sizes(operation: str, **sizes: int) -> None:

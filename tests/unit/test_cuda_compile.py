@@ -42,6 +42,10 @@ def launched() -> set[tuple[str, str]]:
     kernels = Kernels(recorder)
     for word in (16, 8, 4, 2, 1):
         kernels.permute_rows(16, 16, 16, 4, word, 0)
+    for address in (16, 2):
+        for dtype in ("float32", "float64", "bfloat16", "float16"):
+            kernels.combine(address, 16, 16, 16, 1, 1, 8, dtype, 0)
+            kernels.combine_backward(address, 16, 16, 16, 16, 16, 1, 1, 8, dtype, 0)
     for dtype in REDUCIBLE:
         kernels.sum_replicas(16, 1, [16], dtype, 0)
     for dtypes in [*CASTS, ("uint8", "uint8")]:

@@ -555,3 +555,158 @@ class TestPack:
                 pack_table([each], "uint8", "uint8")
         with pytest.raises(InvalidArgument, match="table"):
             kernels.pack(0, 1, [8], "uint8", "uint8", 0)
+
+
+def routings() -> list[tuple[int, int, int]]:
+    """T, K and D: odd, none, wide, across segments, and for groups of one thread to a block."""
+    return [
+        *[(5, 2, 16), (1, 1, 1), (7, 3, 129), (3, 8, 2056), (0, 2, 8), (4, 0, 8), (4, 2, 0), (40, 2, 65)],
+        *[(9, 2, 256), (2, 1, 9000), (70, 4, 8)],
+    ]
+
+
+def routed(dtype: str, num_tokens: int, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Source rows (one more than are used), positions with some negative, and weights."""
+    generator = torch.Generator().manual_seed(num_tokens * 100 + top_k)
+    num_assignments = num_tokens * top_k
+    source = draw(dtype, num_assignments + 1, dim, seed=1)
+    position = torch.randperm(num_assignments + 1, generator=generator)[:num_assignments]
+    position[3::5] = -1
+    return source, position.view(num_tokens, top_k), draw(dtype, num_tokens, top_k, seed=2)
+
+
+class TestCombine:
+    @pytest.mark.parametrize("remainder", [0, 8, 5])
+    @pytest.mark.parametrize("weighted", [True, False])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_is_what_the_native_kernel_gives(
+        self, launcher: EmulatedLauncher, dtype: str, weighted: bool, remainder: int
+    ) -> None:
+        kernels = Kernels(launcher)
+        for num_tokens, top_k, dim in routings():
+            values, position, weights = routed(dtype, num_tokens, top_k, dim)
+            source, weight = Memory.of(values, remainder), Memory.of(weights, remainder)
+            destination = Memory(num_tokens * dim * values.itemsize, remainder)
+            expected = np.full_like(destination.bytes, GARBAGE)
+            address = weight.address if weighted else 0
+            sizes = (num_tokens, top_k, dim, dtype)
+            kernels.combine(destination.address, source.address, position.data_ptr(), address, *sizes, 0)
+            native.combine(expected.ctypes.data, source.address, position.data_ptr(), address, *sizes)
+            np.testing.assert_array_equal(destination.bytes, expected)
+            destination.check()
+        wide = {name for name in launcher.launched if "wide" in name}
+        assert bool(wide) == (remainder == 0)
+
+    def test_a_weight_of_infinity_is_not_multiplied_by_nothing(self) -> None:
+        source, weight = torch.ones(1, 8), torch.tensor([[2.0, np.inf]])
+        position, destination = torch.tensor([[0, -1]]), torch.empty(1, 8)
+        Kernels(EmulatedLauncher()).combine(
+            *(each.data_ptr() for each in (destination, source, position, weight)), 1, 2, 8, "float32", 0
+        )
+        assert (destination == 2).all()
+
+    def test_rows_past_two_to_the_31(self) -> None:
+        num_rows, dim = (5 << 31) // 4096, 2048
+        source, destination = sparse(num_rows * 4096), np.full((1, 4096), GARBAGE, np.uint8)
+        row = draw("bfloat16", dim)
+        source[-4096:] = bits(row)
+        position = np.array([[num_rows - 1]])
+        addresses = (destination.ctypes.data, source.ctypes.data, position.ctypes.data, 0)
+        Kernels(EmulatedLauncher()).combine(*addresses, 1, 1, dim, "bfloat16", 0)
+        np.testing.assert_array_equal(destination[0], bits(row + 0))
+
+    def test_broken_rules_raise(self, kernels: Kernels) -> None:
+        for arguments, message in [
+            ((8, 8, 8, 8, -1, 1, 1, "float32"), "num_tokens"),
+            ((8, 8, 8, 8, 1, -1, 1, "float32"), "top_k"),
+            ((8, 8, 8, 8, 1, 1, -1, "float32"), "dim"),
+            ((8, 8, 8, 8, 1, 1, 1, "int32"), "int32"),
+            ((0, 8, 8, 8, 1, 1, 1, "float32"), "destination"),
+            ((8, 0, 8, 8, 1, 1, 1, "float32"), "source"),
+            ((8, 8, 0, 8, 1, 1, 1, "float32"), "position"),
+            ((8, 8, 4, 8, 1, 1, 1, "float32"), "8 divides"),
+        ]:
+            with pytest.raises(InvalidArgument, match=message):
+                kernels.combine(*arguments, 0)
+
+
+class TestCombineBackward:
+    @pytest.mark.parametrize("remainder", [0, 8, 5])
+    @pytest.mark.parametrize("weighted", [True, False])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_is_the_gradient(self, launcher: EmulatedLauncher, dtype: str, weighted: bool, remainder: int) -> None:
+        kernels = Kernels(launcher)
+        for num_tokens, top_k, dim in routings():
+            values, position, weights = routed(dtype, num_tokens, top_k, dim)
+            gradients = draw(dtype, num_tokens, dim, seed=3) / 64  # dot products stay below a half's largest
+            source, weight = Memory.of(values, remainder), Memory.of(weights, remainder)
+            d_destination = Memory.of(gradients, remainder)
+            d_source, d_weight = Memory(source.bytes.size, remainder), Memory(weight.bytes.size, remainder)
+            expected = Memory.of(d_source.bytes)
+            sizes = (num_tokens, top_k, dim, dtype)
+            kernels.combine_backward(
+                d_source.address,
+                d_weight.address if weighted else 0,
+                d_destination.address,
+                source.address if weighted else 0,
+                position.data_ptr(),
+                weight.address if weighted else 0,
+                *sizes,
+                0,
+            )
+            native.combine_backward(
+                expected.address,
+                0,
+                d_destination.address,
+                0,
+                position.data_ptr(),
+                weight.address if weighted else 0,
+                *sizes,
+            )
+            np.testing.assert_array_equal(d_source.bytes, expected.bytes)
+            d_source.check()
+            d_weight.check()
+            if not weighted:
+                assert (d_weight.bytes == GARBAGE).all()
+                continue
+            dots = torch.empty_like(weights)
+            bits(dots)[:] = d_weight.bytes
+            rows = torch.where(position[..., None] < 0, 0, values[position].double())
+            products = gradients.double()[:, None] * rows
+            # Half a unit in the last place of the result, and what summing D products in the wide dtype may lose.
+            rounding = torch.finfo(values.dtype).eps / 2 * products.sum(2).abs()
+            summing = dim * torch.finfo(accumulation(dtype)).eps * products.abs().sum(2)
+            assert ((dots.double() - products.sum(2)).abs() <= rounding + summing).all()
+            assert (dots[position < 0] == 0).all()
+
+    @pytest.mark.parametrize("dim", [64, 2048])
+    def test_a_token_has_the_same_bits_in_every_batch_and_order(self, dim: int) -> None:
+        values, position, weights = routed("float32", 50, 2, dim)
+        gradients = draw("float32", 50, dim, seed=3)
+        found = []
+        for num_tokens, launcher in [
+            (50, EmulatedLauncher(132, 0)),
+            (50, EmulatedLauncher(1, 1)),
+            (3, EmulatedLauncher(132, 2)),
+            (1, EmulatedLauncher(2, 3)),
+        ]:
+            d_source, d_weight = torch.empty_like(values), torch.empty(num_tokens, 2)
+            Kernels(launcher).combine_backward(
+                *(each.data_ptr() for each in (d_source, d_weight, gradients, values, position, weights)),
+                *(num_tokens, 2, dim, "float32", 0),
+            )
+            found.append(d_weight)
+        for other in found[1:]:
+            assert torch.equal(other, found[0][: len(other)])
+
+    def test_broken_rules_raise(self, kernels: Kernels) -> None:
+        for arguments, message in [
+            ((8, 8, 8, 8, 8, 8, -1, 1, 1, "float32"), "num_tokens"),
+            ((8, 8, 8, 8, 8, 8, 1, 1, 1, "uint8"), "uint8"),
+            ((0, 8, 8, 8, 8, 8, 1, 1, 1, "float32"), "d_source"),
+            ((8, 8, 0, 8, 8, 8, 1, 1, 1, "float32"), "d_destination"),
+            ((8, 8, 8, 0, 8, 8, 1, 1, 1, "float32"), "source"),
+            ((8, 8, 8, 8, 0, 8, 1, 1, 1, "float32"), "position"),
+        ]:
+            with pytest.raises(InvalidArgument, match=message):
+                kernels.combine_backward(*arguments, 0)
