@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecoll.cuda.kernels import Kernels
 from sparsecoll.moe import MoELayer, combine, inverse_permutation, permute, sort_by_expert
 from sparsecoll.moe.kernels import CudaKernels, NativeKernels, RowKernels, TorchKernels, kernels_of
+from tests.emulation.kernels import EmulatedLauncher
 
-KINDS = {"native": NativeKernels, "torch": TorchKernels}
+KINDS: dict[str, Callable[[], RowKernels]] = {
+    "native": NativeKernels,
+    "torch": TorchKernels,
+    "cuda": lambda: CudaKernels(Kernels(EmulatedLauncher()), lambda device: 0),
+}
 # Tokens, top-k, experts, rows and dim: holes among rows, more tokens than rows, nothing of one or the other.
 SHAPES = [(13, 3, 5, 60, 7), (40, 2, 3, 25, 16), (0, 2, 3, 6, 4), (5, 2, 3, 0, 4), (4, 1, 2, 9, 1)]
 
@@ -91,8 +97,8 @@ def test_holes(
     assert torch.equal(dy_alone, dy)
 
 
-@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "num_rows", "dim"), SHAPES)
-def test_sort(kernels: RowKernels, num_tokens: int, top_k: int, num_experts: int, num_rows: int, dim: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(0, 2, 3), (13, 3, 5), (4, 1, 2), (3000, 2, 3000)])
+def test_sort(kernels: RowKernels, num_tokens: int, top_k: int, num_experts: int) -> None:
     ids = torch.randint(num_experts, (num_tokens, top_k), generator=torch.Generator().manual_seed(num_tokens))
     order, counts = sort_by_expert(ids, num_experts)
     assert torch.equal(order, ids.flatten().argsort(stable=True))
