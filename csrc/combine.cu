@@ -145,22 +145,22 @@ SPARSECOLL_DEVICE void combine_rows_backward(const CombineBackward& a) {
     }
 }
 
-SPARSECOLL_KERNEL(combine_float32, Combine, 256, combine_rows<float, 1>)
-SPARSECOLL_KERNEL(combine_float64, Combine, 256, combine_rows<double, 1>)
-SPARSECOLL_KERNEL(combine_bfloat16, Combine, 256, combine_rows<bfloat16, 1>)
-SPARSECOLL_KERNEL(combine_float16, Combine, 256, combine_rows<float16, 1>)
-SPARSECOLL_KERNEL(combine_wide_float32, Combine, 256, combine_rows<float, 4>)
-SPARSECOLL_KERNEL(combine_wide_float64, Combine, 256, combine_rows<double, 2>)
-SPARSECOLL_KERNEL(combine_wide_bfloat16, Combine, 256, combine_rows<bfloat16, 8>)
-SPARSECOLL_KERNEL(combine_wide_float16, Combine, 256, combine_rows<float16, 8>)
+SPARSECOLL_KERNEL(combine_float32, Combine, 256, 4, combine_rows<float, 1>)
+SPARSECOLL_KERNEL(combine_float64, Combine, 256, 4, combine_rows<double, 1>)
+SPARSECOLL_KERNEL(combine_bfloat16, Combine, 256, 4, combine_rows<bfloat16, 1>)
+SPARSECOLL_KERNEL(combine_float16, Combine, 256, 4, combine_rows<float16, 1>)
+SPARSECOLL_KERNEL(combine_wide_float32, Combine, 256, 4, combine_rows<float, 4>)
+SPARSECOLL_KERNEL(combine_wide_float64, Combine, 256, 4, combine_rows<double, 2>)
+SPARSECOLL_KERNEL(combine_wide_bfloat16, Combine, 256, 4, combine_rows<bfloat16, 8>)
+SPARSECOLL_KERNEL(combine_wide_float16, Combine, 256, 4, combine_rows<float16, 8>)
 
-SPARSECOLL_KERNEL(combine_backward_float32, CombineBackward, 256, combine_rows_backward<float, 1>)
-SPARSECOLL_KERNEL(combine_backward_float64, CombineBackward, 256, combine_rows_backward<double, 1>)
-SPARSECOLL_KERNEL(combine_backward_bfloat16, CombineBackward, 256, combine_rows_backward<bfloat16, 1>)
-SPARSECOLL_KERNEL(combine_backward_float16, CombineBackward, 256, combine_rows_backward<float16, 1>)
-SPARSECOLL_KERNEL(combine_backward_wide_float32, CombineBackward, 256, combine_rows_backward<float, 4>)
-SPARSECOLL_KERNEL(combine_backward_wide_float64, CombineBackward, 256, combine_rows_backward<double, 2>)
-SPARSECOLL_KERNEL(combine_backward_wide_bfloat16, CombineBackward, 256, combine_rows_backward<bfloat16, 8>)
-SPARSECOLL_KERNEL(combine_backward_wide_float16, CombineBackward, 256, combine_rows_backward<float16, 8>)
+SPARSECOLL_KERNEL(combine_backward_float32, CombineBackward, 256, 4, combine_rows_backward<float, 1>)
+SPARSECOLL_KERNEL(combine_backward_float64, CombineBackward, 256, 4, combine_rows_backward<double, 1>)
+SPARSECOLL_KERNEL(combine_backward_bfloat16, CombineBackward, 256, 4, combine_rows_backward<bfloat16, 1>)
+SPARSECOLL_KERNEL(combine_backward_float16, CombineBackward, 256, 4, combine_rows_backward<float16, 1>)
+SPARSECOLL_KERNEL(combine_backward_wide_float32, CombineBackward, 256, 4, combine_rows_backward<float, 4>)
+SPARSECOLL_KERNEL(combine_backward_wide_float64, CombineBackward, 256, 4, combine_rows_backward<double, 2>)
+SPARSECOLL_KERNEL(combine_backward_wide_bfloat16, CombineBackward, 256, 4, combine_rows_backward<bfloat16, 8>)
+SPARSECOLL_KERNEL(combine_backward_wide_float16, CombineBackward, 256, 4, combine_rows_backward<float16, 8>)
 
 }  // namespace sparsecoll

@@ -104,10 +104,10 @@ SPARSECOLL_DEVICE void cast_tiles(const Tables& a) {
     }
 }
 
-SPARSECOLL_KERNEL(pack_copy, Tables, 256, copy_tiles)
-SPARSECOLL_KERNEL(pack_float32_bfloat16, Tables, 256, cast_tiles<float, bfloat16>)
-SPARSECOLL_KERNEL(pack_float32_float16, Tables, 256, cast_tiles<float, float16>)
-SPARSECOLL_KERNEL(pack_bfloat16_float32, Tables, 256, cast_tiles<bfloat16, float>)
-SPARSECOLL_KERNEL(pack_float16_float32, Tables, 256, cast_tiles<float16, float>)
+SPARSECOLL_KERNEL(pack_copy, Tables, 256, 4, copy_tiles)
+SPARSECOLL_KERNEL(pack_float32_bfloat16, Tables, 256, 4, cast_tiles<float, bfloat16>)
+SPARSECOLL_KERNEL(pack_float32_float16, Tables, 256, 4, cast_tiles<float, float16>)
+SPARSECOLL_KERNEL(pack_bfloat16_float32, Tables, 256, 4, cast_tiles<bfloat16, float>)
+SPARSECOLL_KERNEL(pack_float16_float32, Tables, 256, 4, cast_tiles<float16, float>)
 
 }  // namespace sparsecoll

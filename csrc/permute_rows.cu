@@ -36,10 +36,10 @@ SPARSECOLL_DEVICE void permute_rows(const PermuteRows& a) {
     }
 }
 
-SPARSECOLL_KERNEL(permute_rows_16, PermuteRows, 256, permute_rows<Word16>)
-SPARSECOLL_KERNEL(permute_rows_8, PermuteRows, 256, permute_rows<unsigned long long>)
-SPARSECOLL_KERNEL(permute_rows_4, PermuteRows, 256, permute_rows<unsigned>)
-SPARSECOLL_KERNEL(permute_rows_2, PermuteRows, 256, permute_rows<unsigned short>)
-SPARSECOLL_KERNEL(permute_rows_1, PermuteRows, 256, permute_rows<unsigned char>)
+SPARSECOLL_KERNEL(permute_rows_16, PermuteRows, 256, 4, permute_rows<Word16>)
+SPARSECOLL_KERNEL(permute_rows_8, PermuteRows, 256, 4, permute_rows<unsigned long long>)
+SPARSECOLL_KERNEL(permute_rows_4, PermuteRows, 256, 4, permute_rows<unsigned>)
+SPARSECOLL_KERNEL(permute_rows_2, PermuteRows, 256, 4, permute_rows<unsigned short>)
+SPARSECOLL_KERNEL(permute_rows_1, PermuteRows, 256, 4, permute_rows<unsigned char>)
 
 }  // namespace sparsecoll

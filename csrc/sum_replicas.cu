@@ -151,13 +151,13 @@ SPARSECOLL_DEVICE void sum_tiles(const Tables& a) {
     }
 }
 
-SPARSECOLL_KERNEL(sum_replicas_float32, Tables, 256, sum_tiles<float>)
-SPARSECOLL_KERNEL(sum_replicas_float64, Tables, 256, sum_tiles<double>)
-SPARSECOLL_KERNEL(sum_replicas_bfloat16, Tables, 256, sum_tiles<bfloat16>)
-SPARSECOLL_KERNEL(sum_replicas_float16, Tables, 256, sum_tiles<float16>)
-SPARSECOLL_KERNEL(sum_replicas_bits8, Tables, 256, sum_tiles<unsigned char, packed8>)
-SPARSECOLL_KERNEL(sum_replicas_bits16, Tables, 256, sum_tiles<unsigned short, packed16>)
-SPARSECOLL_KERNEL(sum_replicas_bits32, Tables, 256, sum_tiles<unsigned>)
-SPARSECOLL_KERNEL(sum_replicas_bits64, Tables, 256, sum_tiles<unsigned long long>)
+SPARSECOLL_KERNEL(sum_replicas_float32, Tables, 256, 3, sum_tiles<float>)
+SPARSECOLL_KERNEL(sum_replicas_float64, Tables, 256, 3, sum_tiles<double>)
+SPARSECOLL_KERNEL(sum_replicas_bfloat16, Tables, 256, 3, sum_tiles<bfloat16>)
+SPARSECOLL_KERNEL(sum_replicas_float16, Tables, 256, 3, sum_tiles<float16>)
+SPARSECOLL_KERNEL(sum_replicas_bits8, Tables, 256, 3, sum_tiles<unsigned char, packed8>)
+SPARSECOLL_KERNEL(sum_replicas_bits16, Tables, 256, 3, sum_tiles<unsigned short, packed16>)
+SPARSECOLL_KERNEL(sum_replicas_bits32, Tables, 256, 3, sum_tiles<unsigned>)
+SPARSECOLL_KERNEL(sum_replicas_bits64, Tables, 256, 3, sum_tiles<unsigned long long>)
 
 }  // namespace sparsecoll

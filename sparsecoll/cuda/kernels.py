@@ -33,6 +33,12 @@ _MOST_THREADS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 64
 # Threads on a multiprocessor that keep its share of the memory busy with one load each.
 _BUSY_THREADS = 1024
+# Shared memory that every device gives a block without being asked.
+_SHARED_BYTES = 48 << 10
+# Sorting: assignments in a step of a warp, and in a tile of the one block that sorts few of them; in the table of many,
+# tiles and counts.
+_SORT_STEP, _MOST_IN_SMALL_TILE = 128, 512
+_TILES_PER_MULTIPROCESSOR, _MOST_COUNTS = 4, 1 << 22
 
 
 class Kernels:
@@ -157,6 +163,75 @@ class Kernels:
         shared_bytes = block // 32 * 8 if group > 32 else 0
         self._launch("combine", kernel, grid, block, arguments, stream, shared_bytes)
 
+    def sort_by_expert(
+        self,
+        expert_ids: int,
+        num_assignments: int,
+        num_experts: int,
+        order: int,
+        counts: int,
+        ends: int,
+        scratch: int,
+        stream: int,
+    ) -> None:
+        """Sorts assignments by expert, stably.
+
+        Args:
+            expert_ids: address of int64 ``[A]``, trusted to be in 0..E-1. Others are in no count, and nowhere in
+                ``order``, whose last places then keep what they held.
+            num_assignments: less than 2^31.
+            order: address of int64 ``[A]`` to fill: ``order[j]`` is the j-th assignment in expert order.
+            counts: address of int64 ``[E]`` to fill: assignments of each expert.
+            ends: address of int32 ``[E]`` to fill: assignments of each expert and those before it.
+            scratch: address of `sort_scratch_bytes` of memory that nothing else uses until the stream has passed this;
+                0 where none is needed. All addresses are multiples of 8.
+
+        Raises:
+            InvalidArgument: a size out of range, or no such address.
+        """
+        scratch_bytes = self.sort_scratch_bytes(num_assignments, num_experts)
+        if not num_experts:
+            return
+        _check_integers("sort_by_expert", counts=counts, ends=ends)
+        if num_assignments:
+            _check_integers("sort_by_expert", expert_ids=expert_ids, order=order)
+        if scratch_bytes:
+            _check_integers("sort_by_expert", scratch=scratch)
+        sort = self._sort(num_assignments, num_experts)
+        begins = scratch + 4 * num_experts * sort.num_tiles
+        arguments = (
+            *(expert_ids, num_assignments, num_experts, order, counts, ends),
+            *(sort.tile_size, sort.num_tiles, scratch, begins, sort.has_shared_rows),
+        )
+
+        def launch(kernel: str, grid: int, num_warps: int, shared_words: int) -> None:
+            self._launch("sort_by_expert", kernel, grid, 32 * num_warps, arguments, stream, 4 * shared_words)
+
+        if sort.is_small:
+            launch("sort_small", 1, sort.num_warps, 32 + num_experts * (1 + sort.num_warps))
+            return
+        walks = self._grid(-(-sort.num_tiles // sort.num_warps))
+        row_words = num_experts * sort.num_warps if sort.has_shared_rows else 0
+        sums = min(32, sort.num_tiles)
+        launch("sort_count", walks, sort.num_warps, row_words)
+        launch("sort_tiles", self._grid(-(-num_experts // 32)), sums, 32 * sums)
+        launch("sort_experts", 1, 32, 32)
+        launch("sort_place", walks, sort.num_warps, row_words)
+
+    def sort_scratch_bytes(self, num_assignments: int, num_experts: int) -> int:
+        """Bytes of memory that `sort_by_expert` needs for these sizes on this device; 0 if few are sorted.
+
+        Raises:
+            InvalidArgument: a negative size, or 2^31 assignments or more.
+        """
+        _check_sizes("sort_by_expert", num_assignments=num_assignments, num_experts=num_experts)
+        if num_assignments >= 1 << 31:
+            raise InvalidArgument(f"sort_by_expert: expected num_assignments < 2^31, got {num_assignments}")
+        if not num_experts:
+            return 0
+        sort = self._sort(num_assignments, num_experts)
+        return 0 if sort.is_small else 4 * num_experts * (sort.num_tiles + 1)
+
     def sum_replicas(self, table: int, num_tiles: int, bases: Sequence[int], dtype: str, stream: int) -> None:
         """Runs all sums of a table.
 
@@ -231,6 +306,37 @@ class Kernels:
         grid = self._grid(-(-num_rows * num_segments * group // block))
         return _Split((segment, num_segments, group.bit_length() - 1), grid, block)
 
+    def _sort(self, num_assignments: int, num_experts: int) -> _Sort:
+        """How assignments are cut into tiles: for one block if few are sorted and its memory holds all counts."""
+        shared_words = _SHARED_BYTES // 4
+        num_warps = min(32, (shared_words - 32 - num_experts) // num_experts)
+        if num_warps > 0 and num_assignments <= _MOST_IN_SMALL_TILE * num_warps:
+            tile_size = _round_up(max(1, -(-num_assignments // num_warps)), _SORT_STEP)
+            num_tiles = max(1, -(-num_assignments // tile_size))
+            return _Sort(True, tile_size, num_tiles, num_tiles, True)
+        wanted = max(1, min(_TILES_PER_MULTIPROCESSOR * self._num_multiprocessors, _MOST_COUNTS // num_experts))
+        tile_size = _round_up(-(-num_assignments // wanted), 2 * _SORT_STEP)
+        num_tiles = max(1, -(-num_assignments // tile_size)) if tile_size else 1
+        num_warps = min(8, shared_words // num_experts)
+        return _Sort(False, tile_size, num_tiles, num_warps or 8, num_warps > 0)
+
+
+class _Sort(NamedTuple):
+    """How assignments are cut into tiles.
+
+    Attributes:
+        is_small: whether one block sorts them.
+        tile_size: assignments in a tile.
+        num_warps: of a block that walks tiles.
+        has_shared_rows: whether the counts of these warps fit a block's memory.
+    """
+
+    is_small: bool
+    tile_size: int
+    num_tiles: int
+    num_warps: int
+    has_shared_rows: bool
+
 
 class _Split(NamedTuple):
     """How threads share rows.
@@ -249,6 +355,10 @@ def _by_units(operation: str, dtype: str, dim: int, *addresses: int) -> tuple[st
     if _alignment(*addresses, dim * itemsize(dtype)) == 16:
         return f"{operation}_wide_{dtype}", dim * itemsize(dtype) // 16
     return f"{operation}_{dtype}", dim
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _power_of_two(size: int) -> int:

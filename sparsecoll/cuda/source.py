@@ -16,7 +16,7 @@ from sparsecoll.errors import BackendUnavailable
 
 __all__ = ["SOURCES", "cached_kernels", "compile_kernels", "default_cache", "kernels_folder"]
 
-SOURCES = ("combine", "pack", "permute_rows", "sum_replicas")
+SOURCES = ("combine", "pack", "permute_rows", "sort_by_expert", "sum_replicas")
 """Names of the files that hold kernels."""
 
 # Contraction to fused multiply-add would give other bits than the CPU's kernels.

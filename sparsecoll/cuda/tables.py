@@ -31,8 +31,8 @@ CASTS = frozenset(
 """Pairs of different dtypes, source and destination, between which `pack_table` can cast."""
 
 _FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
-# A tile of the larger size costs far more than the start of a block; the smaller still fills half of one.
-_LEAST_TILE_BYTES, _MOST_TILE_BYTES = 1 << 11, 1 << 15
+# A tile of the larger size costs far more than the start of a block; the smaller is one load of each thread of a warp.
+_LEAST_TILE_BYTES, _MOST_TILE_BYTES = 1 << 9, 1 << 15
 _TILES_PER_MULTIPROCESSOR = 4
 
 

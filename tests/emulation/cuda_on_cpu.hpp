@@ -232,7 +232,7 @@ inline int __popc(unsigned bits) { return std::popcount(bits); }
 #define SPARSECOLL_DEVICE inline
 
 // Exports the kernel with the size of its arguments.
-#define SPARSECOLL_KERNEL(name, Arguments, threads, ...)                                           \
+#define SPARSECOLL_KERNEL(name, Arguments, threads, blocks, ...)                                   \
     extern "C" {                                                                                   \
     extern const long long name##_bytes = sizeof(Arguments);                                       \
     void name(const void* arguments) {                                                             \

@@ -50,6 +50,8 @@ def launched() -> set[tuple[str, str]]:
         kernels.sum_replicas(16, 1, [16], dtype, 0)
     for dtypes in [*CASTS, ("uint8", "uint8")]:
         kernels.pack(16, 1, [16, 16], *dtypes, 0)
+    for num_assignments in (8, 1 << 20):
+        kernels.sort_by_expert(16, num_assignments, 8, 16, 16, 16, 16, 0)
     return recorder.launched
 
 
@@ -96,13 +98,31 @@ def test_no_kernel_is_without_a_caller() -> None:
     assert defined() == launched()
 
 
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", source.SOURCES)
-def test_wide_kernels_keep_loads_of_16_bytes_in_flight(name: str) -> None:
-    """And no kernel keeps registers in memory."""
-    entries, log = assembly(name, 90)
+def test_wide_kernels_keep_loads_in_flight_and_registers_in_place(name: str, arch: int) -> None:
+    """Four loads of 16 bytes, or eight of eight where the other side is wider, without a branch or store between."""
+    entries, log = assembly(name, arch)
     assert set(entries) == {kernel for file, kernel in defined() if file == name}
+    for kernel, entry in entries.items():
+        if re.search(r"wide|sum_replicas|permute_rows_16|pack_copy|pack_float32", kernel):
+            assert loads_in_flight(entry, "v4.u32") >= 4
+        elif kernel.startswith("pack"):
+            assert loads_in_flight(entry, "u64") >= 8
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) >= len(entries) and set(spills) == {("0", "0", "0")}
+
+
+def loads_in_flight(entry: str, kind: str) -> int:
+    """The longest run of such loads that nothing else of its kind interrupts."""
+    longest = run = 0
+    for line in entry.splitlines():
+        if f"ld.global.{kind} " in line:
+            run += 1
+            longest = max(longest, run)
+        elif re.search(r"st\.global|bra|^\$", line):
+            run = 0
+    return longest
 
 
 def test_code_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,24 +112,24 @@ SPARSECOLL_DEVICE void reverse(const Arguments& a, bool waits) {
     if (waits) __syncthreads();
     store_integer(a.address, threadIdx.x, shared[blockDim.x - 1 - threadIdx.x]);
 }
-SPARSECOLL_DEVICE void right(const Arguments& a) { reverse(a, true); }
-SPARSECOLL_DEVICE void hasty(const Arguments& a) { reverse(a, false); }
-SPARSECOLL_DEVICE void parted(const Arguments&) { if (threadIdx.x < 32) __syncthreads(); }
-SPARSECOLL_DEVICE void crossed(const Arguments&) {
+SPARSECOLL_DEVICE void run_right(const Arguments& a) { reverse(a, true); }
+SPARSECOLL_DEVICE void run_hasty(const Arguments& a) { reverse(a, false); }
+SPARSECOLL_DEVICE void run_parted(const Arguments&) { if (threadIdx.x < 32) __syncthreads(); }
+SPARSECOLL_DEVICE void run_crossed(const Arguments&) {
     if (threadIdx.x % 2) {
         __syncwarp();
     } else {
         __syncwarp();
     }
 }
-SPARSECOLL_DEVICE void skewed(const Arguments& a) { store_integer(a.address + 4, 0, 1); }
-SPARSECOLL_DEVICE void past_shared(const Arguments&) { shared_memory<long long>()[blockDim.x] = 1; }
-SPARSECOLL_KERNEL(right, Arguments, 64, right)
-SPARSECOLL_KERNEL(hasty, Arguments, 64, hasty)
-SPARSECOLL_KERNEL(parted, Arguments, 64, parted)
-SPARSECOLL_KERNEL(crossed, Arguments, 64, crossed)
-SPARSECOLL_KERNEL(skewed, Arguments, 64, skewed)
-SPARSECOLL_KERNEL(past_shared, Arguments, 64, past_shared)
+SPARSECOLL_DEVICE void run_skewed(const Arguments& a) { store_integer(a.address + 4, 0, 1); }
+SPARSECOLL_DEVICE void run_past_shared(const Arguments&) { shared_memory<long long>()[blockDim.x] = 1; }
+SPARSECOLL_KERNEL(right, Arguments, 64, 1, run_right)
+SPARSECOLL_KERNEL(hasty, Arguments, 64, 1, run_hasty)
+SPARSECOLL_KERNEL(parted, Arguments, 64, 1, run_parted)
+SPARSECOLL_KERNEL(crossed, Arguments, 64, 1, run_crossed)
+SPARSECOLL_KERNEL(skewed, Arguments, 64, 1, run_skewed)
+SPARSECOLL_KERNEL(past_shared, Arguments, 64, 1, run_past_shared)
 }
 """
 
@@ -138,7 +138,7 @@ class TestEmulation:
     """The tests below are worth what the emulation notices."""
 
     def test_notices_what_a_device_would_not_forgive(self) -> None:
-        library = compile_text(ODD.replace("void right(", "void right_(").replace("64, right)", "64, right_)"))
+        library = compile_text(ODD)
         result = np.zeros(64, np.int64)
 
         def launch(kernel: str, seed: int = 0, block: int = 64, words: int = 1) -> None:
@@ -460,14 +460,15 @@ class TestTables:
         assert (tiles[:, 4] > 0).all()
 
     def test_tiles_suit_the_device(self) -> None:
-        """64 kB occupy a fourth of a large device's multiprocessors and more, and nothing makes tiles huge or tiny."""
+        """64 kB occupy a large device, and nothing makes tiles huge or tiny."""
 
         def num_tiles(num_bytes: int, num_multiprocessors: int) -> int:
             span = Span(Place(0, 0), Place(1, 0), num_bytes)
             return pack_table([span], "uint8", "uint8", num_multiprocessors).num_tiles
 
-        assert num_tiles(1 << 16, 132) == 32
+        assert num_tiles(1 << 16, 132) == 128
         assert num_tiles(1 << 20, 132) >= 132
+        assert num_tiles(1 << 10, 132) == 2
         assert num_tiles(1 << 30, 132) == 1 << 15
         assert num_tiles(1 << 20, 1) < num_tiles(1 << 20, 132)
 
@@ -710,3 +711,102 @@ class TestCombineBackward:
         ]:
             with pytest.raises(InvalidArgument, match=message):
                 kernels.combine_backward(*arguments, 0)
+
+
+def sort(
+    ids: NDArray[np.int64], num_experts: int, launcher: EmulatedLauncher
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """Order, counts and ends; with scratch memory of the least size, and all of it garbage at first."""
+    kernels = Kernels(launcher)
+    order, counts, ends = Memory(8 * len(ids)), Memory(8 * num_experts), Memory(4 * num_experts)
+    scratch = Memory(kernels.sort_scratch_bytes(len(ids), num_experts))
+    kernels.sort_by_expert(
+        ids.ctypes.data,
+        len(ids),
+        num_experts,
+        *(each.address for each in (order, counts, ends, scratch)),
+        0,
+    )
+    for each in (order, counts, ends, scratch):
+        each.check()
+    return order.bytes.view(np.int64), counts.bytes.view(np.int64), ends.bytes.view(np.int32)
+
+
+class TestSortByExpert:
+    @pytest.mark.parametrize(
+        ("num_assignments", "num_experts", "kernels"),
+        [
+            (0, 1, 1),
+            (0, 20_000, 4),
+            (1, 1, 1),
+            (33, 2, 1),
+            (1_000, 8, 1),
+            (5_000, 64, 1),
+            (16_384, 352, 1),
+            (1_000, 3_000, 1),
+            (1_000, 6_200, 4),
+            (17_000, 16, 4),
+            (9_000, 1_024, 4),
+            (3_000, 13_000, 4),
+            (2_000, 65_536, 4),
+        ],
+    )
+    def test_is_a_stable_argsort(
+        self, launcher: EmulatedLauncher, num_assignments: int, num_experts: int, kernels: int
+    ) -> None:
+        ids = np.random.default_rng(num_assignments).integers(0, num_experts, num_assignments)
+        ids[: num_assignments // 3] = num_experts // 2  # a popular expert fills warps and tiles
+        order, counts, ends = sort(ids, num_experts, launcher)
+        np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+        np.testing.assert_array_equal(counts, np.bincount(ids, minlength=num_experts))
+        np.testing.assert_array_equal(ends, np.cumsum(counts))
+        assert len(launcher.launched) == kernels
+
+    @settings(max_examples=30)
+    @given(
+        ids=st.lists(st.integers(0, 9), max_size=700),
+        more=st.integers(0, 5),
+        num_multiprocessors=st.sampled_from([1, 132]),
+        seed=st.integers(0, 3),
+    )
+    def test_any_ids(self, ids: list[int], more: int, num_multiprocessors: int, seed: int) -> None:
+        expert_ids = np.array(ids, np.int64)
+        order, counts, ends = sort(expert_ids, 10 + more, EmulatedLauncher(num_multiprocessors, seed))
+        np.testing.assert_array_equal(order, np.argsort(expert_ids, kind="stable"))
+        np.testing.assert_array_equal(counts, np.bincount(expert_ids, minlength=10 + more))
+        np.testing.assert_array_equal(ends, np.cumsum(counts))
+
+    @pytest.mark.parametrize(("num_assignments", "num_experts"), [(1_000, 8), (18_000, 8), (700, 13_000)])
+    def test_what_is_no_expert_is_passed_over(
+        self, launcher: EmulatedLauncher, num_assignments: int, num_experts: int
+    ) -> None:
+        ids = np.random.default_rng(0).integers(0, num_experts, num_assignments)
+        ids[::7], ids[3::7], ids[5::70] = -1, num_experts, 1 << 40
+        order, counts, ends = sort(ids, num_experts, launcher)
+        good = (ids >= 0) & (ids < num_experts)
+        expected = np.argsort(np.where(good, ids, num_experts), kind="stable")[: good.sum()]
+        np.testing.assert_array_equal(order[: good.sum()], expected)
+        assert (order[good.sum() :].view(np.uint8) == GARBAGE).all()
+        np.testing.assert_array_equal(counts, np.bincount(ids[good], minlength=num_experts))
+        np.testing.assert_array_equal(ends, np.cumsum(counts))
+
+    def test_scratch_stays_small(self, kernels: Kernels) -> None:
+        assert kernels.sort_scratch_bytes(8192, 256) == 0
+        for num_experts in (1, 256, 65_536):
+            assert kernels.sort_scratch_bytes((1 << 31) - 1, num_experts) <= 4 * ((1 << 22) + num_experts)
+
+    def test_broken_rules_raise_and_no_experts_need_nothing(self, launcher: EmulatedLauncher, kernels: Kernels) -> None:
+        kernels.sort_by_expert(0, 5, 0, 0, 0, 0, 0, 0)
+        assert launcher.launched == []
+        for arguments, message in [
+            ((8, -1, 2, 8, 8, 8, 8), "num_assignments >= 0"),
+            ((8, 1, -2, 8, 8, 8, 8), "num_experts"),
+            ((8, 1 << 31, 2, 8, 8, 8, 8), "2\\^31"),
+            ((0, 1, 2, 8, 8, 8, 8), "expert_ids"),
+            ((8, 1, 2, 4, 8, 8, 8), "order that 8 divides"),
+            ((8, 1, 2, 8, 0, 8, 8), "counts"),
+            ((8, 1, 2, 8, 8, 0, 8), "ends"),
+            ((8, 1 << 20, 2, 8, 8, 8, 0), "scratch"),
+        ]:
+            with pytest.raises(InvalidArgument, match=message):
+                kernels.sort_by_expert(*arguments, 0)
