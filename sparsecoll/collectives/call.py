@@ -95,7 +95,7 @@ class Call:
         rows = b""
         if prepared is not None and prepared.layout.form == "list":
             rows = describe_rows(prepared.layout, prepared.source, prepared.destination, value)
-        told = [digest_of(rows)]
+        told = [digest_of(rows)] if rows else [b""]
         if group.world_size > 1 and group.checked and not self.trusted:
             digest = b"" if prepared is None else prepared.digest
             describe = lambda: prepared.description if prepared else {}  # noqa: E731

@@ -190,6 +190,10 @@ class HostTransport(Transport):
         Something must be tracked. Raises as `wait` does; nothing is tracked afterwards.
         """
 
+    @abstractmethod
+    def heard_abort(self) -> str | None:
+        """What another rank's `abort` has said, if it has been heard by now; may be asked from any thread."""
+
 
 def split_message(view: View, limit_bytes: int) -> Iterator[View]:
     """Cuts a view into parts of at most ``limit_bytes``; an empty view has none."""

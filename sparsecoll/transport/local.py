@@ -148,6 +148,7 @@ class LocalWorld:
         self._round = _Round()
         self._closed: set[int] = set()
         self._abortion: _Failure | None = None
+        self.ending: str | None = None
 
     def post(self, request: _Request) -> None:
         """Ends ``request`` together with its other side, or leaves it for that one."""
@@ -208,7 +209,8 @@ class LocalWorld:
         """Ends everything in flight and all that comes later; the first abort counts."""
         with self._round_lock:
             if self._abortion is None:
-                self._abortion = _Failure(PeerFailure, f"expected all ranks to go on, rank {rank} aborted: {reason}")
+                self.ending = f"rank {rank} aborted: {reason}"
+                self._abortion = _Failure(PeerFailure, f"expected all ranks to go on, {self.ending}")
             self._end_round(self._abortion)
         for mailbox in self._mailboxes:
             for request in mailbox.remove():
@@ -325,6 +327,9 @@ class LocalTransport(HostTransport):
         self.counters.control_bytes += len(record) * (self.world_size - 1)
         self.counters.control_messages += self.world_size - 1
         return [current.records[rank] for rank in range(self.world_size)]
+
+    def heard_abort(self) -> str | None:
+        return self._world.ending
 
     def abort(self, reason: str) -> None:
         self._world.abort(self.rank, reason)

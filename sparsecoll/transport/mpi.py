@@ -180,11 +180,19 @@ class MpiTransport(TaggedTransport):
             self._give_up(requests)
             raise
 
+    def heard_abort(self) -> str | None:
+        return self._listen() if self.supports_threads else None
+
     def _listen(self) -> str | None:
         """What another rank's notice of an abort says."""
-        if self._ending is None and self._control.Iprobe(self._mpi.ANY_SOURCE, _NOTICE_TAG):
-            notice, status = new_notice(), self._mpi.Status()
-            self._control.Recv([notice, self._mpi.BYTE], self._mpi.ANY_SOURCE, _NOTICE_TAG, status)
+        if self._ending is not None:
+            return self._ending
+        # A matched probe, for two threads may ask, and only one of them can receive the notice.
+        status = self._mpi.Status()
+        message = self._control.Improbe(self._mpi.ANY_SOURCE, _NOTICE_TAG, status)
+        if message is not None:
+            notice = new_notice()
+            message.Recv([notice, self._mpi.BYTE], status)
             self._ending = f"rank {status.Get_source()} aborted: {read_notice(notice)}"
         return self._ending
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from sparsecoll.cuda.device import Device, Lane
-from sparsecoll.errors import CollectiveTimeout, SparsecollError, TransportError
+from sparsecoll.errors import CollectiveTimeout, PeerFailure, SparsecollError, TransportError
 from sparsecoll.transport.base import HostTransport, Operation, Transport
 
 __all__ = ["Buffer", "Issue", "Round", "Slot", "StreamTransport"]
@@ -193,7 +193,7 @@ class StreamTransport(Transport):
         return self.control.exchange(record, operation)
 
     def abort(self, reason: str) -> None:
-        self._fail(TransportError(f"expected an open transport, this rank aborted: {reason}"))
+        self._fail(TransportError(f"expected an open transport, this rank aborted: {reason}"), reason)
 
     def close(self) -> None:
         """Waits for what is in flight (each operation has its timeout)."""
@@ -227,7 +227,7 @@ class StreamTransport(Transport):
                     return
             failure = self._look_once()
             if failure is not None:
-                self._fail(failure)
+                self._fail(failure, str(failure))
                 return
             time.sleep(_WATCH_S)
 
@@ -239,13 +239,15 @@ class StreamTransport(Transport):
                 self._news.notify_all()
         if (problem := self._problem()) is not None:
             return problem
+        if self._in_flight and (ending := self.control.heard_abort()) is not None:
+            return self._error(PeerFailure, self._in_flight[0].operation, f"expected all ranks to go on, {ending}")
         for issue in list(self._in_flight):
             if issue.operation.remaining_s == 0.0 and not issue.has_ended_well():
                 text = f"expected all ranks to take part within {issue.operation.timeout_s} s, it is still in flight"
                 return self._error(CollectiveTimeout, issue.operation, text)
         return None
 
-    def _fail(self, failure: SparsecollError) -> None:
+    def _fail(self, failure: SparsecollError, reason: str) -> None:
         with self._news:
             if self.failure is not None or self._closed:
                 return
@@ -253,4 +255,4 @@ class StreamTransport(Transport):
             self._news.notify_all()
         self._break_off()
         # The buffers stay, as the device may still write to them.
-        self.control.abort(str(failure))
+        self.control.abort(reason)

@@ -127,10 +127,8 @@ class TorchTransport(TaggedTransport):
         return keys
 
     def _translate(self, exc: RuntimeError, request: Request, operation: Operation) -> SparsecollError:
-        for peer, notice in zip(self._peers, self._notices, strict=True):
-            if (reason := read_notice(notice)) is not None:
-                text = f"expected all ranks to go on, rank {peer} aborted: {reason}"
-                return self._error(PeerFailure, operation, text)
+        if (ending := self.heard_abort()) is not None:
+            return self._error(PeerFailure, operation, f"expected all ranks to go on, {ending}")
         if _TIMED_OUT.search(str(exc)):
             text = f"expected the {request} to end within {operation.timeout_s} s"
             return self._error(CollectiveTimeout, operation, text)
@@ -138,6 +136,12 @@ class TorchTransport(TaggedTransport):
             text = f"expected the {request} to end, the connection is closed: rank {request.peer} has died or given up"
             return self._error(PeerFailure, operation, text)
         return self._error(TransportError, operation, f"expected the {request} to end, got {exc}")
+
+    def heard_abort(self) -> str | None:
+        for peer, notice in zip(self._peers, self._notices, strict=True):
+            if (reason := read_notice(notice)) is not None:
+                return f"rank {peer} aborted: {reason}"
+        return None
 
     def abort(self, reason: str) -> None:
         if self._ending is None and self._group is not None:

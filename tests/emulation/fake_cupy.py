@@ -45,7 +45,6 @@ class Wires:
         self.waiting: dict[tuple[int, int, int], deque[_End]] = defaultdict(deque)
         self.arrived: dict[bytes, set[int]] = defaultdict(set)
         self.problems: list[str] = []
-        self.aborted: set[int] = set()
 
     def post(self, end: _End) -> None:
         """Matches one side of a message with the other, or leaves it for the other to find."""
@@ -97,6 +96,7 @@ class FakeCupy:
         self._stack: list[int] = []
         self._has_ended = False
         self.kernel: object | None = None  # the NCCL kernel that runs at the moment
+        self.aborted: set[int] = set()  # communicators
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -105,11 +105,12 @@ class FakeCupy:
         if stream in self.capturing:
             self.capturing[stream].append((stream, make))
             return
+        if stream == HOST:
+            self.wait_for(make())
+            return
         with self.wires.news:
             self._queues[stream].append(make())
             self.wires.news.notify_all()
-        if stream == HOST:
-            self.drain(HOST)
 
     def run_on(self, stream: int, function: Callable[[], object]) -> None:
         """Puts a function of the test on ``stream``."""
@@ -322,7 +323,7 @@ class _GroupKernel:
             self._cupy.kernel = self
             for end in self._ends:
                 self._cupy.wires.post(end)
-        if not all(end.has_ended or end.key[0] in self._cupy.wires.aborted for end in self._ends):
+        if not all(end.has_ended or end.key[0] in self._cupy.aborted for end in self._ends):
             return False
         self._cupy.kernel = None
         return True
@@ -366,7 +367,7 @@ class _Communicator:
             raise RuntimeError(self.error)
 
     def abort(self) -> None:
-        self._cupy.wires.aborted.add(self.number)
+        self._cupy.aborted.add(self.number)
         self.is_open = False
 
     def destroy(self) -> None:
