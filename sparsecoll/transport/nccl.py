@@ -29,10 +29,16 @@ _POLL_S = 1e-4
 
 
 class Library(ABC):
-    """NCCL as a Python package offers it. Communicators are the package's own objects."""
+    """NCCL as a Python package offers it. Communicators are the package's own objects.
+
+    Attributes:
+        group_start, group_end: around the messages of a group.
+        errors: what its calls raise.
+    """
 
     group_start: Callable[[], Any]
     group_end: Callable[[], Any]
+    errors: tuple[type[Exception], ...] = (RuntimeError, TimeoutError)
 
     @abstractmethod
     def unique_id(self) -> bytes:
@@ -111,69 +117,53 @@ class CupyLibrary(Library):
 
 
 class Nccl4pyLibrary(Library):
-    """``nccl.core``: nonblocking communicators, which any thread may end; see [Note: breaking off]."""
+    """``nccl.bindings.nccl``: nonblocking communicators, which any thread may end; see [Note: breaking off].
 
-    def __init__(self, core: Any, bindings: Any) -> None:
-        self._core, self._bindings = core, bindings
-        self.group_start, self.group_end = bindings.group_start, self._group_end
+    Its calls take "in progress" for no error; what became of it, `settle` and `problem` ask for.
+    """
+
+    def __init__(self, bindings: Any) -> None:
+        self._bindings = bindings
+        self.group_start, self.group_end = bindings.group_start, bindings.group_end
+        self.errors = (RuntimeError, TimeoutError, bindings.NCCLError)
 
     def unique_id(self) -> bytes:
-        return bytes(self._core.get_unique_id())
+        return bytes(self._bindings.get_unique_id())
 
     def connect(self, world_size: int, unique_id: bytes, rank: int) -> Any:
-        config = self._core.NCCLConfig(blocking=False)
-        comm = self._core.Communicator()
-        self._started(comm.initialize, world_size, rank, self._core.UniqueId.from_bytes(unique_id), config)
-        return comm
+        config = self._bindings.Config()
+        config.blocking = 0
+        return self._bindings.comm_init_rank_scalable(world_size, rank, 1, bytearray(unique_id), config.ptr)
 
     def send(self, comm: Any) -> Callable[[int, int, int, int, int], Any]:
-        send, handle = self._bindings.send, comm._comm
-
-        def call(address: int, num_bytes: int, dtype: int, peer: int, stream: int) -> None:
-            send(address, num_bytes, dtype, peer, handle, stream)
-
-        return call
+        send = self._bindings.send
+        return lambda address, num_bytes, dtype, peer, stream: send(address, num_bytes, dtype, peer, comm, stream)
 
     def recv(self, comm: Any) -> Callable[[int, int, int, int, int], Any]:
-        recv, handle = self._bindings.recv, comm._comm
-
-        def call(address: int, num_bytes: int, dtype: int, peer: int, stream: int) -> None:
-            recv(address, num_bytes, dtype, peer, handle, stream)
-
-        return call
+        recv = self._bindings.recv
+        return lambda address, num_bytes, dtype, peer, stream: recv(address, num_bytes, dtype, peer, comm, stream)
 
     def all_gather(self, comm: Any, source: int, destination: int, num_bytes: int, stream: int) -> None:
-        self._started(self._bindings.all_gather, source, destination, num_bytes, _BYTES, comm._comm, stream)
+        self._bindings.all_gather(source, destination, num_bytes, _BYTES, comm, stream)
 
     def settle(self, comm: Any, deadline_s: float) -> None:
-        while (result := comm.get_async_error()) == self._bindings.Result.InProgress:
+        while self._bindings.comm_get_async_error(comm) == self._bindings.Result.InProgress:
             if time.monotonic() >= deadline_s:
-                raise TimeoutError
+                raise TimeoutError("NCCL: still in progress")
             time.sleep(_POLL_S)
-        if result != self._bindings.Result.Success:
-            raise RuntimeError(f"NCCL: {result!r}")
+        if (text := self.problem(comm)) is not None:
+            raise RuntimeError(text)
 
     def problem(self, comm: Any) -> str | None:
-        result = comm.get_async_error()
-        fine = (self._bindings.Result.Success, self._bindings.Result.InProgress)
-        return None if result in fine else f"NCCL: {result!r}"
+        results = self._bindings.Result
+        result = self._bindings.comm_get_async_error(comm)
+        return None if result in (results.Success, results.InProgress) else f"NCCL: {results(result).name}"
 
     def abort(self, comm: Any) -> None:
-        comm.abort()
+        self._bindings.comm_abort(comm)
 
     def destroy(self, comm: Any) -> None:
-        comm.destroy()
-
-    def _group_end(self) -> None:
-        self._started(self._bindings.group_end)
-
-    def _started(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """A nonblocking call may say that it goes on, which is no error."""
-        try:
-            call(*arguments)
-        except self._bindings.NCCLError as error:
-            if getattr(error, "status", None) != self._bindings.Result.InProgress:
-                raise
+        self._bindings.comm_destroy(comm)
 
 
 def find_library() -> Library:
@@ -183,10 +173,9 @@ def find_library() -> Library:
         BackendUnavailable: neither can be used; says what to install.
     """
     try:
-        import nccl.core as core
         from nccl.bindings import nccl as bindings
 
-        return Nccl4pyLibrary(core, bindings)
+        return Nccl4pyLibrary(bindings)
     except ImportError:
         pass
     try:
@@ -195,7 +184,7 @@ def find_library() -> Library:
         raise BackendUnavailable(
             'nccl: expected an installed CuPy with NCCL, try pip install "sparsecoll[cuda13]"'
         ) from error
-    if not getattr(cupy_nccl, "available", False):
+    if not cupy_nccl.available:
         raise BackendUnavailable('nccl: expected CuPy to find NCCL, try pip install "sparsecoll[cuda13]"')
     return CupyLibrary(cupy_nccl)
 
@@ -248,7 +237,7 @@ class NcclTransport(StreamTransport):
                 finally:
                     self._library.group_end()
                 self._library.settle(channel.comm, self._deadline_s())
-            except (RuntimeError, TimeoutError) as error:
+            except self._library.errors as error:
                 raise self._translate(error) from error
 
     def gather(self, source: Buffer, destination: Buffer, lane: Lane) -> None:
@@ -257,7 +246,7 @@ class NcclTransport(StreamTransport):
             try:
                 self._library.all_gather(channel.comm, source.address, destination.address, source.nbytes, lane.stream)
                 self._library.settle(channel.comm, self._deadline_s())
-            except (RuntimeError, TimeoutError) as error:
+            except self._library.errors as error:
                 raise self._translate(error) from error
 
     def open_lane(self, priority: int, operation: Operation) -> None:
@@ -271,7 +260,7 @@ class NcclTransport(StreamTransport):
         if self.rank == 0:
             try:
                 mine = self._library.unique_id()
-            except RuntimeError as error:
+            except self._library.errors as error:
                 problem = error
         unique_id, *_ = self.control.exchange(mine.ljust(_ID_BYTES, b"\0"), operation)
         if not any(unique_id):
@@ -283,7 +272,7 @@ class NcclTransport(StreamTransport):
         except TimeoutError as error:
             text = f"expected all ranks to connect within {operation.timeout_s} s"
             raise self._error(CollectiveTimeout, operation, text) from error
-        except RuntimeError as error:
+        except self._library.errors as error:
             text = f"expected NCCL to connect on {self.gpu.name}, got {error}"
             raise self._error(TransportError, operation, text) from error
         return _Channel(self._library, comm)

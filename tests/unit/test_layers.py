@@ -156,9 +156,11 @@ def test_back_ends_are_imported_where_they_belong(module: str) -> None:
         place = f"{module}:{entry.line} imports {back_end}"
         assert room not in PURE, f"{place}, but {room} is pure"
         if module.startswith("sparsecoll.transport."):
-            own = {"mpi": {"mpi4py"}, "torch": {"torch"}, "nccl": {"cupy", "cuda", "nccl"}}
+            own = {"mpi": {"mpi4py"}, "torch": {"torch"}, "torch_stream": {"torch"}, "nccl": {"cupy", "nccl"}}
             assert back_end in own.get(module.rpartition(".")[2], set()), f"{place}, another's back end"
             assert entry.when != "load", f"{place} when it is loaded"
+        elif room == "cuda":
+            assert back_end in ("cupy", "torch") and entry.when != "load", f"{place} when it is loaded"
         else:
             torch_rooms = module == "sparsecoll.collectives.autograd" or room in ("moe", "fssdp")
             assert back_end == "torch" and torch_rooms, f"{place}, which only its transport does"
