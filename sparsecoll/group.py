@@ -12,6 +12,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -295,7 +296,10 @@ class Group:
             if start[1:3] != starts[0][1:3]:
                 digests = [each.digest.hex() if each.given else "none" for each in (starts[0], start)]
                 raise self._unequal("equal topologies (by digest) on all ranks", digests[0], rank, digests[1])
-        return given or Topology.from_seats([start.seat for start in starts], shared_memory=not self.is_stream_ordered)
+        if given is not None:
+            return given
+        found = Topology.from_seats([start.seat for start in starts])
+        return found.with_gpus() if self.is_stream_ordered else replace(found, shared_memory=True)
 
     def _unequal(self, rule: str, first: object, rank: int, other: object) -> CollectiveMismatch:
         return CollectiveMismatch(
@@ -317,7 +321,7 @@ class Group:
             raise InvalidArgument(
                 f"Group: expected a topology of {self.world_size} ranks, got {given.world_size} {self.place_of_error}"
             )
-        return given
+        return replace(given, in_rounds=self.is_stream_ordered)
 
 
 def _is_agreed(error: BaseException) -> bool:

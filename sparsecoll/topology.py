@@ -21,6 +21,7 @@ __all__ = ["Link", "Seat", "Topology"]
 
 _VERSION = 1
 _LINKS = ("scale_up", "scale_out", "node_link")
+_FLAGS = ("shared_memory", "in_rounds")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Link:
     def __post_init__(self) -> None:
         if not (self.bandwidth_bytes_per_s > 0 and self.latency_s >= 0):
             raise InvalidArgument(f"Link: expected a positive bandwidth and a latency of at least 0, got {self}")
+
+
+_NVLINK = Link(bandwidth_bytes_per_s=3.5e11, latency_s=5e-6)
+_ADAPTER = Link(bandwidth_bytes_per_s=4.5e10, latency_s=1.5e-5)
 
 
 class Seat(NamedTuple):
@@ -67,6 +72,8 @@ class Topology:
             nothing is shared.
         shared_memory: whether ranks of a node reach each other through memory that all of them use up together, so that
             relaying inside a node spares nobody anything. ``auto`` plans then leave it.
+        in_rounds: whether messages travel in groups that end together, as NCCL's do, so that a relay waits for whole
+            rounds. ``auto`` plans count that (`sparsecoll.plan.rounds`).
     """
 
     node_of: tuple[int, ...]
@@ -74,6 +81,7 @@ class Topology:
     scale_out: Link | tuple[Link, ...] = Link(bandwidth_bytes_per_s=1.25e9, latency_s=2e-5)
     node_link: Link | tuple[Link, ...] | None = None
     shared_memory: bool = False
+    in_rounds: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -110,7 +118,7 @@ class Topology:
         return cls(tuple(numbers[host] for host in hosts))
 
     @classmethod
-    def from_seats(cls, seats: Sequence[Seat], *, shared_memory: bool = False) -> Topology:
+    def from_seats(cls, seats: Sequence[Seat]) -> Topology:
         """Nodes as the launcher tells them where it does so for all ranks, otherwise one node per host name.
 
         Ranks share a node when host and the launcher's node are equal. Some launchers number only the ranks of a node:
@@ -122,7 +130,11 @@ class Topology:
         names = [(seat.host, seat.node if named else None) for seat in seats]
         keys: Sequence[Any] = _split_by_local_rank(seats, names) or names
         numbers = {key: node for node, key in enumerate(dict.fromkeys(keys))}
-        return cls(tuple(numbers[key] for key in keys), shared_memory=shared_memory)
+        return cls(tuple(numbers[key] for key in keys))
+
+    def with_gpus(self) -> Topology:
+        """The same nodes where each rank has a GPU: links of the order of NVLink and of a 400 Gbit/s adapter."""
+        return Topology(self.node_of, _NVLINK, _ADAPTER, in_rounds=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Topology:
@@ -142,17 +154,18 @@ class Topology:
     def _from_record(cls, record: Any) -> Topology:
         if not isinstance(record, dict) or record.get("sparsecoll_topology") != _VERSION:
             raise InvalidArgument(f"expected an object with sparsecoll_topology: {_VERSION}")
-        unknown = record.keys() - {"sparsecoll_topology", "node_of", "shared_memory", *_LINKS}
+        unknown = record.keys() - {"sparsecoll_topology", "node_of", *_FLAGS, *_LINKS}
         if unknown or "node_of" not in record:
             raise InvalidArgument(f"expected node_of and {', '.join(_LINKS)}, got {', '.join(map(str, record))}")
         nodes = record["node_of"]
         if not isinstance(nodes, list) or not all(type(node) is int for node in nodes):
             raise InvalidArgument(f"expected node_of to be a list of node numbers, got {nodes!r}")
-        shared_memory = record.get("shared_memory", False)
-        if type(shared_memory) is not bool:
-            raise InvalidArgument(f"expected shared_memory to be true or false, got {shared_memory!r}")
+        flags = {name: record.get(name, False) for name in _FLAGS}
+        for name, flag in flags.items():
+            if type(flag) is not bool:
+                raise InvalidArgument(f"expected {name} to be true or false, got {flag!r}")
         links = {name: _read_links(record[name]) for name in _LINKS if name in record}
-        return cls(tuple(nodes), shared_memory=shared_memory, **links)  # type: ignore[arg-type]
+        return cls(tuple(nodes), **flags, **links)  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file that people can read and `load` takes; replaces an old one in one step.
@@ -176,7 +189,7 @@ class Topology:
         """The file: one line for each field, and for each link of many."""
         fields = {"sparsecoll_topology": json.dumps(_VERSION), "node_of": json.dumps(self.node_of)}
         fields |= {name: _links_text(getattr(self, name)) for name in _LINKS}
-        fields["shared_memory"] = json.dumps(self.shared_memory)
+        fields |= {name: json.dumps(getattr(self, name)) for name in _FLAGS}
         return "{\n" + ",\n".join(f'  "{name}": {text}' for name, text in fields.items()) + "\n}\n"
 
     @cached_property
@@ -198,6 +211,8 @@ class Topology:
             lines += [f"{kind:<10} {bandwidth:>10} {latency:>10}  {of}" for kind, bandwidth, latency, of in rows]
         if self.shared_memory and max(sizes.values()) > 1:
             lines.append("ranks of a node share its memory")
+        if self.in_rounds:
+            lines.append("messages travel in rounds")
         return "\n".join(lines)
 
     def _ranks_of(self, node: int) -> list[int]:
@@ -228,11 +243,15 @@ class Topology:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.node_of, self.scale_up, self.scale_out, self.node_link, self.shared_memory))
+        return hash(self._fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without what is cached: another process may hash differently.
-        return Topology, (self.node_of, self.scale_up, self.scale_out, self.node_link)
+        return Topology, self._fields
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return self.node_of, *(getattr(self, name) for name in (*_LINKS, *_FLAGS))
 
     @property
     def world_size(self) -> int:

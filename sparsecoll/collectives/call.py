@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from sparsecoll.executor import (
 from sparsecoll.group import Group
 from sparsecoll.native import REDUCIBLE, accumulation_itemsize
 from sparsecoll.placement import Placement
-from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter, rounds_of
+from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
 from sparsecoll.topology import Topology
 from sparsecoll.transport.base import HostTransport, Operation
 from sparsecoll.transport.stream import Issue, StreamTransport
@@ -140,7 +140,7 @@ class Call:
         schedule = None
         if layout.shapes is not None:
             sizes = (segment_bytes(layout.shapes, layout.itemsizes),) * len(subset)
-            schedule = _schedule(self, subset, sizes, layout, group.topology, group.is_stream_ordered)
+            schedule = _schedule(self, subset, sizes, layout, group.topology)
         return _Prepared(self, layout, subset, given, wanted, source, destination, schedule)
 
     def _with_shapes(
@@ -162,7 +162,7 @@ class Call:
         problem: Exception | None = None
         try:
             sizes = tuple(segment_bytes(found.shapes.get(chunk, ()), layout.itemsizes) for chunk in prepared.subset)
-            schedule = _schedule(self, prepared.subset, sizes, layout, group.topology, group.is_stream_ordered)
+            schedule = _schedule(self, prepared.subset, sizes, layout, group.topology)
             prepared = prepared._replace(schedule=schedule)
             _check_out_sizes(prepared)
         except SparsecollError as error:
@@ -299,14 +299,9 @@ def _schedule(
     sizes: SegmentBytes,
     layout: Layout,
     topology: Topology,
-    in_rounds: bool,
 ) -> _Schedule:
     """Remembered, for training repeats its calls; the Plan is the user's own or a new one."""
-    make = partial(_make_plan, call.name, call.place, subset, sizes, layout.dtypes, topology)
-    made = make(call.algorithm)
-    if in_rounds and call.algorithm == "auto" and call.plan is None and made.algorithm != "direct":
-        # A relay pays for its rounds, of which the planner knows nothing.
-        made = min(made, make("direct"), key=lambda plan: rounds_of(plan).time_s)
+    made = _make_plan(call.name, call.place, subset, sizes, layout.dtypes, topology, call.algorithm)
     # Planners remember what they made, so the plan of a caller who plans ahead usually is this very one.
     if call.plan is not None and call.plan is not made:
         _check_plan(call.plan, made)

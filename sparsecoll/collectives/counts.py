@@ -1,8 +1,8 @@
 """The one exchange that an MoE layer cannot do without: all ranks learn all loads, and that they agree.
 
 [Note: on a GPU] Counts are on the device, and the host needs those of all ranks to know sizes. So each rank's header is
-sent to the device, header and counts are gathered there, and all of it comes back in one small copy, issued at once: the
-host waits for the copy when it asks for the result, and may issue other work before.
+sent to the device, header and counts are gathered there, and all of it comes back in one small copy, issued at once:
+the host waits for the copy when it asks for the result, and may issue other work before.
 """
 
 from __future__ import annotations

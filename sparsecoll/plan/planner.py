@@ -14,6 +14,7 @@ from sparsecoll.plan.algorithms import ALGORITHMS, Case
 from sparsecoll.plan.cache import PlanCache
 from sparsecoll.plan.compiled import draft
 from sparsecoll.plan.plan import Plan
+from sparsecoll.plan.rounds import rounds_of
 from sparsecoll.topology import Topology
 
 __all__ = ["chunk_subset", "plan_all_gather", "plan_reduce_scatter"]
@@ -85,6 +86,9 @@ def chunk_subset(place: Placement, chunks: Iterable[int] | None) -> tuple[int, .
     return subset
 
 
+# What is worth looking at where messages travel in rounds: one round, or relays.
+_IN_ROUNDS = ("direct", "relay", "hierarchical")
+
 _PLANS = PlanCache(max_plans=512, max_bytes=64 << 20)
 
 
@@ -108,6 +112,9 @@ def _plan(
         return Plan(op, made.algorithm, place, tuple(subset.tolist()), chunk_bytes, partial_bytes, topology, made.table)
 
     numbers = subset.tobytes(), sizes.tobytes(), partial_sizes.tobytes()
+    if algorithm == "auto" and topology.in_rounds:
+        choices = [_plan(op, place, sizes, partial_sizes, topology, each, chunks, divisible) for each in _IN_ROUNDS]
+        return min(choices, key=lambda plan: rounds_of(plan).time_s)
     return _PLANS.get((op, place, topology, algorithm, divisible, *numbers), make)
 
 

@@ -510,7 +510,7 @@ def test_settings_come_from_argument_then_environment_then_default(monkeypatch: 
 
 @pytest.mark.usefixtures("clean_launcher")
 def test_init_group_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(sc.InvalidArgument, match="backend auto, local, torch or mpi, got 'smoke'"):
+    with pytest.raises(sc.InvalidArgument, match="backend auto, local, torch, mpi or nccl, got 'smoke'"):
         sc.init_group("smoke")
     with pytest.raises(sc.BackendUnavailable, match="nccl"):
         sc.init_group("nccl")

@@ -140,6 +140,7 @@ def test_the_file_is_json_with_a_version_and_plain_names(tmp_path: Path) -> None
         "scale_out": [slow, slow, fast],
         "node_link": None,
         "shared_memory": False,
+        "in_rounds": False,
     }
 
 
