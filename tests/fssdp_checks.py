@@ -398,7 +398,7 @@ def _watch_routing(model: Toy) -> dict[str, Tensor]:
     routed: dict[str, Tensor] = {}
     for name, layer in (("first", model.first), ("second", model.second)):
         layer.router.register_forward_hook(
-            lambda _module, _args, routing, name=name: routed.update({name: routing.expert_ids})
+            lambda _module, _args, routing, name=name: routed.update({name: routing.expert_ids.cpu()})
         )
     return routed
 

@@ -1,4 +1,4 @@
-"""Starts a function in one process per rank, over Gloo or MPI, and brings back what each rank returned or raised.
+"""Starts a function in one process per rank, over Gloo, MPI or NCCL, and brings back what each rank returned or raised.
 
     values = spawn("tests.transport_checks:check_exchange", 2, "gloo", timeout_s=30)
 
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsecoll.cuda.device import num_devices
 from tests.worker import STACKS_SIGNAL, CheckResults, Folder, Job, Outcome
 
 __all__ = ["Outcome", "RanksFailed", "spawn", "spawn_checks"]
@@ -51,7 +52,7 @@ def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s
     """Runs ``module:function`` as ``function(transport, *arguments)`` on every rank.
 
     Args:
-        backend: ``gloo`` or ``mpi``.
+        backend: as in `Job`.
         timeout_s: wall-clock limit for everything, imports included; below pytest's own, which would hide the stacks.
 
     Returns:
@@ -66,8 +67,8 @@ def spawn(target: str, world_size: int, backend: str, *arguments: Any, timeout_s
         folder.write_job(job)
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for command in _commands(job, folder):
-                processes.append(_start(command, folder.output(len(processes))))
+            for rank, command in enumerate(_commands(job, folder)):
+                processes.append(_start(command, _environment(job, rank), folder.output(rank)))
             timed_out = not _all_ended(processes, time.monotonic() + timeout_s)
             if timed_out:
                 _ask_for_stacks(folder, world_size)
@@ -110,15 +111,22 @@ def _commands(job: Job, folder: Folder) -> Iterator[list[str]]:
     worker = [sys.executable, "-m", "tests.worker", str(folder.path)]
     if job.backend == "mpi":
         yield [str(Path(sys.prefix) / "bin" / "mpirun"), "-n", str(job.world_size), *worker]
-    elif job.backend == "gloo":
+    elif job.backend in ("gloo", "nccl", "torch-nccl"):
         for rank in range(job.world_size):
             yield [*worker, str(rank)]
     else:
-        raise ValueError(f"spawn: expected backend gloo or mpi, got {job.backend!r}")
+        raise ValueError(f"spawn: expected backend gloo, mpi, nccl or torch-nccl, got {job.backend!r}")
 
 
-def _start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
+def _environment(job: Job, rank: int) -> dict[str, str]:
+    """Of one process. NCCL takes ranks of one device only if it takes them for ranks of different hosts."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if job.backend.endswith("nccl") and num_devices() < job.world_size:
+        environ |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+    return environ
+
+
+def _start(command: list[str], environ: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
     with output.open("wb") as file:
         return subprocess.Popen(
             command, cwd=_ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True

@@ -12,12 +12,23 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sparsecoll.transport.base import Transport
+from sparsecoll.transport.base import HostTransport, Transport
 
-__all__ = ["STACKS_SIGNAL", "CheckResults", "Folder", "Job", "Outcome", "open_transport", "run_checks"]
+__all__ = [
+    "STACKS_SIGNAL",
+    "CheckResults",
+    "Folder",
+    "Job",
+    "Outcome",
+    "on_device",
+    "open_transport",
+    "resolve",
+    "run_checks",
+]
 
 CheckResults = dict[tuple[str, int], str | None]
 
@@ -25,11 +36,16 @@ CheckResults = dict[tuple[str, int], str | None]
 STACKS_SIGNAL = signal.SIGUSR2
 
 _MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank does."""
+    """What every rank does.
+
+    Attributes:
+        backend: ``gloo``; ``mpi``; ``nccl``, which meets over Gloo; or ``torch-nccl``, torch's own process group.
+    """
 
     target: str
     arguments: tuple[Any, ...]
@@ -138,10 +154,38 @@ def open_transport(job: Job, num_ranks: int | None = None) -> Transport | None:
     from sparsecoll.transport.torch import TorchTransport, own_group
 
     if not begin:
-        return TorchTransport(own_group(job.timeout_s), owned=True)
+        return on_device(TorchTransport(own_group(job.timeout_s), owned=True), job.backend)
     group = dist.new_group(list(range(begin, job.world_size)), backend="gloo")
     dist.barrier()  # a rank that is through with its group would break it for those that still connect
-    return TorchTransport(group, owned=True) if dist.get_rank() >= begin else None
+    return on_device(TorchTransport(group, owned=True), job.backend) if dist.get_rank() >= begin else None
+
+
+def on_device(control: HostTransport, backend: str, timeout_s: float = _TIMEOUT_S) -> Transport:
+    """The transport of a back end's device memory, which meets over ``control``; that itself for ``gloo``.
+
+    Collective. Ranks take devices in turn, and the calling thread's current device is the rank's from here on.
+    """
+    if backend == "gloo":
+        return control
+    import torch
+    import torch.distributed as dist
+
+    from sparsecoll.cuda.device import cuda_device, num_devices
+
+    gpu = cuda_device(dist.get_rank() % num_devices())
+    torch.cuda.set_device(gpu.index)
+    gpu.use()
+    if backend == "nccl":
+        from sparsecoll.transport.nccl import NcclTransport, find_library
+
+        return NcclTransport(control, gpu, find_library(), timeout_s=timeout_s)
+    from sparsecoll.transport.torch_stream import TorchStreamTransport
+
+    group = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    # Messages of some ranks alone cannot start a communicator of all.
+    dist.all_reduce(torch.zeros(1, device=gpu.name), group=group)
+    return TorchStreamTransport(control, group, gpu)
 
 
 def _note_shared_memory(folder: Folder, rank: int) -> None:
@@ -201,7 +245,7 @@ def main() -> None:
     job = folder.read_job()
     outcome = Outcome(rank)
     try:
-        if job.backend == "gloo":
+        if job.backend != "mpi":
             _init_gloo(folder, rank, job)
         else:
             importlib.import_module("mpi4py.MPI")
@@ -213,7 +257,7 @@ def main() -> None:
     folder.write_outcome(outcome)
     if outcome.exception is not None and job.backend == "mpi":
         _end_mpi_job(folder, job.world_size)
-    if job.backend == "gloo":
+    if job.backend != "mpi":
         import torch.distributed as dist
 
         if dist.is_initialized():  # torch left to itself now and then aborts when Python ends
@@ -222,8 +266,6 @@ def main() -> None:
 
 
 def _init_gloo(folder: Folder, rank: int, job: Job) -> None:
-    from datetime import timedelta
-
     import torch.distributed as dist
 
     dist.init_process_group(
