@@ -20,12 +20,14 @@ from sparsecoll.work import Work
 
 if TYPE_CHECKING:
     from sparsecoll.fssdp import FSSDP, FSSDPModule
+    from sparsecoll.moe import Capacity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FSSDP",
     "BackendUnavailable",
+    "Capacity",
     "CollectiveMismatch",
     "CollectiveTimeout",
     "FSSDPModule",
@@ -55,4 +57,8 @@ def __getattr__(name: str) -> Any:
         from sparsecoll import fssdp
 
         return getattr(fssdp, name)
+    if name == "Capacity":
+        from sparsecoll import moe
+
+        return moe.Capacity
     raise AttributeError(f"module 'sparsecoll' has no attribute {name!r}")

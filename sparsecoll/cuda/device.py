@@ -242,17 +242,25 @@ class Device:
         Args:
             caller: what is in this stream now comes before whatever is issued on the lane.
         """
-        with self._issuing:
-            lane = self._lanes.get(priority)
-            if lane is None:
-                self._refuse_capture(caller, f"a stream of priority {priority}")
-                lane = self._lanes[priority] = Lane(self, priority)
-            lane.begin(caller, self._last)
-            try:
-                yield lane
-            finally:
-                lane.end()
-                self._last = lane
+        # Events and streams belong to the device that is current when they are made and used.
+        callers_device = self._runtime.getDevice()
+        if callers_device != self.index:
+            self._runtime.setDevice(self.index)
+        try:
+            with self._issuing:
+                lane = self._lanes.get(priority)
+                if lane is None:
+                    self._refuse_capture(caller, f"a stream of priority {priority}")
+                    lane = self._lanes[priority] = Lane(self, priority)
+                lane.begin(caller, self._last)
+                try:
+                    yield lane
+                finally:
+                    lane.end()
+                    self._last = lane
+        finally:
+            if callers_device != self.index:
+                self._runtime.setDevice(callers_device)
 
     @property
     def staging_bytes(self) -> int:

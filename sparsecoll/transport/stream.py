@@ -174,9 +174,9 @@ class StreamTransport(Transport):
             CollectiveTimeout, PeerFailure, TransportError: an earlier operation has failed.
         """
         self.check(operation)
-        issue = Issue(self, operation, framework)
         caller = self.gpu.caller_stream(framework)
         with self.gpu.lane(caller, priority) as lane:
+            issue = Issue(self, operation, framework)
             yield lane, issue
             issue.close(lane)
         if not self.gpu.is_capturing(caller):

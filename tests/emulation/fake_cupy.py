@@ -265,6 +265,9 @@ class _Runtime:
             raise RuntimeError("emulated device: a captured stream waits for an event from before the capture")
         cupy.put(stream, lambda: lambda: token.has_passed)
 
+    def getDevice(self) -> int:
+        return 0
+
     def streamIsCapturing(self, stream: int) -> bool:
         return stream in self._cupy.capturing
 
