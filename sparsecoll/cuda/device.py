@@ -7,7 +7,9 @@ device's order of execution, over all communicators. It is the same on all ranks
 nothing is issued from threads of our own.
 
 [Note: capture] While a stream is captured into a CUDA graph, nothing may be allocated or asked about, and no event
-from before may be waited for. What has run once needs none of that.
+from before may be waited for. What has run once needs none of that. A graph uses the addresses that it was captured
+with, so the memory behind them is kept from then on. A replay is in the order of the stream that it is launched on, and
+takes no turn on the lanes: nothing else of this library may be in flight meanwhile.
 """
 
 from __future__ import annotations
@@ -108,6 +110,7 @@ class Lane:
         """
         if self._staging.num_bytes < num_bytes:
             self._staging = self._device.allocate(num_bytes, self)
+        self._device.keep_if_captured(self._staging, self)
         return self._staging.address
 
     def begin(self, caller: int, before: Lane | None) -> None:
@@ -141,6 +144,7 @@ class Device:
         self._lanes: dict[int, Lane] = {}
         self._last: Lane | None = None
         self._resident: dict[int, tuple[Any, Memory]] = {}
+        self._captured: set[Memory] = set()
 
     @property
     def cupy(self) -> Any:
@@ -233,7 +237,13 @@ class Device:
             self.copy(memory.address, words.ctypes.data, words.nbytes, lane.stream)
             known = weakref.ref(words, lambda _: self._resident.pop(number, None)), memory
             self._resident[number] = known
+        self.keep_if_captured(known[1], lane)
         return known[1].address
+
+    def keep_if_captured(self, memory: Memory, lane: Lane) -> None:
+        """Keeps ``memory`` for good if a graph is about to know its address; see [Note: capture]."""
+        if self.is_capturing(lane.stream):
+            self._captured.add(memory)
 
     @contextmanager
     def lane(self, caller: int, priority: int = 0) -> Iterator[Lane]:
