@@ -24,7 +24,7 @@ DTYPES = {
     "float": "float32",
     "double": "float64",
 }
-_BACKENDS = {"local": "local", "torch": "torch", "gloo": "torch", "mpi": "mpi"}
+_BACKENDS = {"local": "local", "torch": "torch", "gloo": "torch", "mpi": "mpi", "nccl": "nccl"}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # Flags of nccl-tests and of our other cases that somebody may try here.
@@ -36,11 +36,11 @@ _REFUSED = {
     ("-K", "--per_iter_skip"): "the first sample is always dropped; use -w for more warm-up",
     ("-C", "--report_cputime"): "times are wall-clock times",
     ("-S", "--report_timestamps"): "the JSON has start and end",
-    ("-G", "--cudagraph"): "the back ends here move CPU memory",
+    ("-G", "--cudagraph"): "every operation is issued on its own",
     ("-M", "--memory"): "the JSON has peak_staging_bytes of every row",
-    ("-u", "--unalign"): "buffers are aligned as NumPy aligns them",
+    ("-u", "--unalign"): "buffers are aligned as NumPy and CuPy align them",
     ("-t", "--nthreads"): "use --ranks with --backend local for threads as ranks",
-    ("-g", "--ngpus"): "the back ends here move CPU memory",
+    ("-g", "--ngpus"): "a rank has one GPU",
     ("-p", "--parallel_init"): "ranks start in parallel anyway",
     ("-R", "--local_register"): "the back ends here register nothing",
     ("-D", "--device_implementation"): "the back ends here have no device kernels",
@@ -178,7 +178,7 @@ def _parser(case: str, ops: Sequence[str], skews: Sequence[str], is_sparse: bool
     add("-I", "--per_iter_timing", type=int, choices=range(2), nargs="?", const=1, default=0, help="single iterations")
     add("-T", "--timeout", type=_positive, default=300.0, metavar="S", help="seconds for each row of the table")
     add("-J", "--json", "--output_file", type=Path, metavar="FILE", help="record in JSON")
-    add("--backend", type=_backends, default=(), metavar="LIST", help="of local, torch (or gloo), mpi")
+    add("--backend", type=_backends, default=(), metavar="LIST", help="of local, torch (or gloo), mpi, nccl")
     add("--ranks", type=_at_least(1), metavar="N", help="ranks to start; default 2")
     add("--seed", type=int, default=0, help="which chunks or ranks are hot")
     add("--latency", action="store_true", help="the OSU benchmarks' view instead of the table")
@@ -272,6 +272,5 @@ def _backends(text: str) -> tuple[str, ...]:
     names = text.split(",")
     for name in names:
         if name not in _BACKENDS:
-            reason = "is not part of this version" if name == "nccl" else "is unknown"
-            raise argparse.ArgumentTypeError(f"back end {name!r} {reason}; expected a list of {', '.join(_BACKENDS)}")
+            raise argparse.ArgumentTypeError(f"back end {name!r} is unknown; expected a list of {', '.join(_BACKENDS)}")
     return tuple(dict.fromkeys(_BACKENDS[name] for name in names))

@@ -23,7 +23,8 @@ __all__ = ["run_all", "run_ranks"]
 
 _DEFAULT_RANKS = 2
 _GRACE_S = 10.0
-_NEEDS = {"local": "sparsecoll", "torch": "torch", "mpi": "mpi4py"}
+_NEEDS = {"local": "sparsecoll", "torch": "torch", "mpi": "mpi4py", "nccl": "cupy"}
+_EXTRAS = {"nccl": "cuda13"}
 
 
 def run_all(options: Options, run_rank: Callable[[sc.Group], dict[str, Any]]) -> dict[str, Any]:
@@ -66,7 +67,8 @@ class _JobFailed(Exception):
 def _run(backend: str, options: Options, run_rank: Callable[[sc.Group], dict[str, Any]]) -> dict[str, Any]:
     ranks = options.ranks or _DEFAULT_RANKS
     if importlib.util.find_spec(_NEEDS[backend]) is None:
-        raise sc.BackendUnavailable(f'expected {_NEEDS[backend]}, try pip install "sparsecoll[{backend}]"')
+        extra = _EXTRAS.get(backend, backend)
+        raise sc.BackendUnavailable(f'expected {_NEEDS[backend]}, try pip install "sparsecoll[{extra}]"')
     if backend == "local":
         num_rows = len(options.sizes) * len(options.ops) * len(options.dtypes)
         return sc.run_local(run_rank, ranks, timeout_s=options.timeout_s * (num_rows + 1))[0]
@@ -81,7 +83,7 @@ def _run(backend: str, options: Options, run_rank: Callable[[sc.Group], dict[str
 
 
 def _starter(backend: str, ranks: int) -> list[str]:
-    if backend == "torch":
+    if backend in ("torch", "nccl"):
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")

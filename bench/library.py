@@ -1,4 +1,4 @@
-"""What a user would call instead: the dense collectives of mpi4py and torch.distributed, on the same ranks."""
+"""What a user would call instead: the dense collectives of mpi4py, torch.distributed and NCCL, on the same ranks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 import sparsecoll as sc
 
 __all__ = ["Baseline", "Library", "library_of"]
 
-Array = NDArray[Any]
+Array = Any  # NumPy's, or CuPy's on a GPU
+
+_NCCL_ID_BYTES = 128
 
 
 class Baseline(NamedTuple):
@@ -48,7 +49,9 @@ class Library(ABC):
 
 
 def library_of(group: sc.Group) -> Library | None:
-    """The library below ``group``; threads as ranks have none."""
+    """The library below ``group``; threads as ranks have none. Collective."""
+    if group.backend == "nccl":
+        return _Nccl(group)
     if group.backend == "mpi":
         return _Mpi()
     return _Torch() if group.backend == "torch" else None
@@ -140,3 +143,79 @@ class _Torch(Library):
     def _first_of(self, *names: str) -> str:
         """torch 2.13 has new names, and warns of the old ones."""
         return next(name for name in names if hasattr(self._dist, name))
+
+
+class _Nccl(Library):
+    """NCCL's own collectives on the current stream, over a communicator beside the group's."""
+
+    def __init__(self, group: sc.Group) -> None:
+        import cupy
+        from cupy.cuda import nccl
+
+        mine = nccl.get_unique_id() if group.rank == 0 else b""
+        unique_id, *_ = group.exchange(mine.ljust(_NCCL_ID_BYTES, b"\0"), "bench")
+        self._cupy, self._nccl = cupy, nccl
+        self._comm = nccl.NcclCommunicator(group.world_size, unique_id, group.rank)
+
+    @property
+    def _stream(self) -> int:
+        return int(self._cupy.cuda.get_current_stream().ptr)
+
+    def all_gather(self, shares: Sequence[int], rank: int) -> Baseline:
+        largest, byte = max(shares), self._nccl.NCCL_UINT8
+
+        def call(source: Array, destination: Array) -> None:
+            self._comm.allGather(source.data.ptr, destination.data.ptr, source.nbytes, byte, self._stream)
+
+        rows = [owner * largest + row for owner, share in enumerate(shares) for row in range(share)]
+        padding = "" if len(set(shares)) == 1 else " padded to the largest share"
+        return Baseline("ncclAllGather" + padding, call, largest, rows, largest * len(shares))
+
+    def reduce_scatter(self, shares: Sequence[int], rank: int, mean: bool) -> Baseline:
+        is_even = len(set(shares)) == 1
+
+        def call(source: Array, destination: Array) -> None:
+            kind = self._kind(source)
+            if is_even:
+                self._comm.reduceScatter(
+                    source.data.ptr, destination.data.ptr, destination.size, kind, self._nccl.NCCL_SUM, self._stream
+                )
+            else:
+                self._reduce_each(source, destination, shares, rank)
+            if mean:
+                self._cupy.divide(destination, len(shares), out=destination)
+
+        name = "ncclReduceScatter" if is_even else "grouped ncclReduce"
+        return Baseline(
+            name + (" and a division" if mean else ""), call, sum(shares), range(shares[rank]), shares[rank]
+        )
+
+    def _reduce_each(self, source: Array, destination: Array, shares: Sequence[int], rank: int) -> None:
+        begin, kind, stream = 0, self._kind(source), self._stream
+        self._nccl.groupStart()
+        for owner, share in enumerate(shares):
+            part = source[begin : begin + share]
+            begin += share
+            if share:
+                to = destination.data.ptr if owner == rank else 0
+                self._comm.reduce(part.data.ptr, to, part.size, kind, self._nccl.NCCL_SUM, owner, stream)
+        self._nccl.groupEnd()
+
+    def all_to_all(self, sends: Sequence[int], receives: Sequence[int]) -> Baseline:
+        def call(source: Array, destination: Array) -> None:
+            stream, send_begin, receive_begin = self._stream, 0, 0
+            kind, itemsize = self._kind(source), source.itemsize
+            self._nccl.groupStart()
+            for peer, (sent, received) in enumerate(zip(sends, receives, strict=True)):
+                if sent:
+                    self._comm.send(source.data.ptr + send_begin * itemsize, sent, kind, peer, stream)
+                if received:
+                    self._comm.recv(destination.data.ptr + receive_begin * itemsize, received, kind, peer, stream)
+                send_begin, receive_begin = send_begin + sent, receive_begin + received
+            self._nccl.groupEnd()
+
+        return Baseline("grouped ncclSend and ncclRecv", call, sum(sends), range(sum(receives)), sum(receives))
+
+    def _kind(self, array: Array) -> int:
+        """NCCL's number of an element type; its names are NumPy's."""
+        return int(getattr(self._nccl, f"NCCL_{array.dtype.name.upper()}"))

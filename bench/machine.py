@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import sparsecoll as sc
 
-__all__ = ["backend_version", "commit", "describe", "last_level_cache_bytes"]
+__all__ = ["backend_version", "commit", "describe", "describe_gpu", "last_level_cache_bytes", "nccl_version"]
 
 _CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE_BYTES = 32 << 20
@@ -41,9 +42,47 @@ def backend_version(group: sc.Group) -> str:
         from mpi4py import MPI
 
         return " ".join(MPI.Get_library_version().split("\n")[0].replace("\0", "").split())
+    if group.backend == "nccl":
+        return f"NCCL {nccl_version()}, meeting over the launcher's back end"
     if group.backend == "torch":
         return f"torch {_version('torch')} ({sys.modules['torch.distributed'].get_backend()})"
     return f"threads of Python {platform.python_version()}"
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The current device and what drives it; CuPy is there."""
+    import cupy
+
+    runtime, device = cupy.cuda.runtime, cupy.cuda.Device()
+    properties = runtime.getDeviceProperties(device.id)
+    return {
+        "device": properties["name"].decode(),
+        "compute_capability": device.compute_capability,
+        "multiprocessors": int(properties["multiProcessorCount"]),
+        "l2_cache_bytes": int(properties["l2CacheSize"]),
+        "device_memory_bytes": int(properties["totalGlobalMem"]),
+        "driver": _driver_version(),
+        "cuda_driver": runtime.driverGetVersion(),
+        "cuda_runtime": runtime.runtimeGetVersion(),
+        "nccl": nccl_version(),
+        "cupy": cupy.__version__,
+    }
+
+
+def nccl_version() -> str:
+    """Of the library that CuPy has loaded."""
+    from cupy.cuda import nccl
+
+    number = nccl.get_version()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def _driver_version() -> str | None:
+    try:
+        found = re.search(r"\s(\d+(\.\d+)+)\s", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def last_level_cache_bytes() -> int:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 import sparsecoll as sc
 from bench import machine
 from bench.arguments import Options
+from bench.memory import memory_of
 from bench.trial import Facts
 
 __all__ = ["Report", "Row", "merge_records", "write_record"]
 
 _GIGA = 1e9
 _MICRO = 1e6
-_ENVIRONMENT = ("SPARSECOLL_", "OMP_", "MPIR_", "MPICH_", "OMPI_MCA", "UCX_", "GLOO_")
+_ENVIRONMENT = ("SPARSECOLL_", "OMP_", "MPIR_", "MPICH_", "OMPI_MCA", "UCX_", "GLOO_", "NCCL_", "CUDA_")
 
 _COLUMNS = {
     "size": 12,
@@ -85,7 +86,8 @@ class Report:
         self._options, self._group = options, group
         self._rows: list[Row] = []
         self._started = _now()
-        self._machine = machine.describe()
+        self._on_device = group.device != "cpu"
+        self._machine = {**machine.describe(), **(machine.describe_gpu() if self._on_device else {})}
         self._commit = machine.commit()
         self._devices = list(devices)
         self._backend_version = machine.backend_version(group)
@@ -95,7 +97,8 @@ class Report:
     def add(self, row: Row) -> None:
         """Prints a row."""
         if not self._rows or row.baseline != self._rows[-1].baseline:
-            _say(f"# Baseline (dense): {row.baseline}; copy: np.copyto of a rank's output bytes on all ranks at once")
+            copy = memory_of(self._group).copy
+            _say(f"# Baseline (dense): {row.baseline}; copy: {copy} of a rank's output bytes on all ranks at once")
         if row.op != "none" and (not self._rows or row.op != self._rows[-1].op):
             _say(f"# redop: {row.op}")
         if not self._rows:
@@ -149,7 +152,7 @@ class Report:
         for each in self._devices:
             _say(
                 f"#  Rank {each['rank']:2d} Group {each['group']:2d} Pid {each['pid']:6d} on {each['hostname']} "
-                f"device {each['device']:2d} [-] {each['device_info']}"
+                f"device {each['device']:2d} [{each['device_hex'] or '-'}] {each['device_info']}"
             )
         _say("#")
         if options.latency:
@@ -165,6 +168,8 @@ class Report:
             for link in (topology.scale_up_of(0), topology.scale_out_of(0))
         )
         _say(f"# bound and eff assume links of {inside} in a node, {between} between nodes (not measured).")
+        if self._on_device:
+            _say("# Times are the device's, from the call until its result is ready in the caller's stream.")
         _say("# Times are taken with the garbage collector of Python off, for every contestant.")
 
     def _print_columns(self) -> None:
@@ -265,10 +270,10 @@ class Report:
             "end_time": _now(),
             "args": list(options.arguments),
             "env": self._environment,
-            "nccl_version": None,
+            "nccl_version": self._machine.get("nccl"),
             "config": {
                 "nthreads": 1,
-                "ngpus": 0,
+                "ngpus": int(self._on_device),
                 "minimum_bytes": options.sizes[0],
                 "maximum_bytes": options.sizes[-1],
                 kind: step,

@@ -8,17 +8,18 @@ import gc
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import sparsecoll as sc
-from bench import launch, machine, traffic
+from bench import launch, traffic
 from bench.arguments import DTYPES, Options, parse
+from bench.memory import memory_of
 from bench.report import Report, Row, write_record
 from bench.trial import Setting, Trial
 from bench.values import poison
@@ -44,7 +45,8 @@ def run_case(trial: type[Trial], arguments: Sequence[str]) -> dict[str, Any]:
     options = parse(trial.case, trial.ops, trial.skews, trial.is_sparse, arguments)
     # Before anything imports mpi4py: sparsecoll starts MPI with better settings than MPI's own.
     group = sc.init_group(options.backends[0] if options.launched else "auto", timeout_s=options.timeout_s)
-    if group.backend == "local":
+    # On a machine with a GPU a process that nobody has launched is a world of one as well.
+    if group.backend == "local" or (group.backend, group.world_size, options.launched) == ("nccl", 1, False):
         group.close()
         return launch.run_all(options, lambda local: _measure_all(local, trial, options))
     with group:
@@ -97,7 +99,7 @@ def _settings(group: sc.Group, trial: type[Trial], options: Options) -> Iterator
     """What to measure, in the table's order, with nccl-tests' name of the element type."""
     world_size = group.world_size
     ranks_on_node = max(np.bincount(group.topology.node_of).tolist())
-    cold_bytes = -(-2 * machine.last_level_cache_bytes() // ranks_on_node)
+    cold_bytes = memory_of(group).cold_bytes(ranks_on_node)
     given = None if options.matrix is None else traffic.read_traffic(options.matrix, world_size)
     sizes = options.sizes if given is None else (int(given.sum(axis=1).max()),)
     combinations = [
@@ -140,18 +142,17 @@ def _measure(group: sc.Group, trial: Trial, dtype: str, setting: Setting, option
     runs = {"ours": trial.run, "dense": trial.run_dense, "copy": trial.run_copy}
     if not trial.has_baseline:
         del runs["dense"]
-    tally = _Tally({name: [] for name in runs})
+    tally, memory = _Tally({name: [] for name in runs}), memory_of(group)
     for step in range(options.num_steps):
         is_timed = step > options.warmup
         for name, run in runs.items():
             if name in trial.outputs:
                 poison(trial.outputs[name])
             before = group.stats()
+            memory.settle()
             with _no_garbage_collection():
                 group.barrier()
-                begin_s = time.perf_counter()
-                run(step)
-                elapsed_s = time.perf_counter() - begin_s
+                elapsed_s = memory.time_s(partial(run, step))
             if is_timed:
                 tally.times_s[name].append(elapsed_s)
                 if name == "ours":
@@ -203,7 +204,7 @@ def _everyones(group: sc.Group, mine: NDArray[Any]) -> NDArray[Any]:
 
 def _devices(group: sc.Group) -> list[dict[str, Any]]:
     """Where every rank runs; collective."""
-    mine = {"rank": group.rank, "pid": os.getpid(), "hostname": socket.gethostname()[:_HOST_LENGTH]}
-    records = group.exchange(json.dumps(mine).encode().ljust(_DEVICE_BYTES), "bench")
-    fixed = {"group": 0, "device": group.rank, "device_hex": None, "device_info": "cpu"}
-    return [{**json.loads(record), **fixed} for record in records]
+    mine = {"rank": group.rank, "group": 0, "pid": os.getpid(), "hostname": socket.gethostname()[:_HOST_LENGTH]}
+    device = {"device": group.rank, **memory_of(group).describe()}
+    records = group.exchange(json.dumps({**mine, **device}).encode().ljust(_DEVICE_BYTES), "bench")
+    return [json.loads(record) for record in records]

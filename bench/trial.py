@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sparsecoll as sc
+from bench.memory import Memory
 
 __all__ = ["ColdCopy", "Facts", "Setting", "Trial", "num_sets"]
 
-Array = NDArray[Any]
+Array = Any  # NumPy's, or CuPy's on a GPU
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,15 @@ class Trial(ABC):
 class ColdCopy:
     """Copies ``num_bytes`` into one warm destination from a source that moves on at each step."""
 
-    def __init__(self, num_bytes: int, setting: Setting) -> None:
+    def __init__(self, num_bytes: int, setting: Setting, memory: Memory) -> None:
         spans = 1 if num_bytes == 0 else max(2, -(-max(setting.cold_bytes, setting.size_bytes) // num_bytes))
         # Written, as pages that were never written all are the same zeros.
-        self._spans = np.full((spans, num_bytes), 1, np.uint8)
-        self.destination = np.empty(num_bytes, np.uint8)
+        self._xp = memory.xp
+        self._spans = self._xp.full((spans, num_bytes), 1, np.uint8)
+        self.destination = self._xp.empty(num_bytes, np.uint8)
 
     def run(self, step: int) -> None:
-        np.copyto(self.destination, self._spans[step % len(self._spans)])
+        self._xp.copyto(self.destination, self._spans[step % len(self._spans)])
 
 
 def num_sets(input_bytes: int, setting: Setting) -> int:

@@ -33,6 +33,6 @@ class Values:
         return row
 
 
-def poison(array: Array) -> None:
+def poison(array: Any) -> None:
     """Writes what `Values` never makes (NaN, -1 or 255) everywhere; also leaves ``array`` warm."""
     array.view(np.uint8).fill(0xFF)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 import sparsecoll as sc
 from bench import traffic
 from bench.library import library_of
+from bench.memory import memory_of
 from bench.runner import run_case
 from bench.trial import ColdCopy, Facts, Setting, Trial, num_sets
 from bench.values import Values
@@ -29,19 +30,21 @@ class AllToAllTrial(Trial):
 
     def __init__(self, group: sc.Group, setting: Setting) -> None:
         assert setting.traffic is not None
-        self.group, self.setting = group, setting
+        self.group, self.setting, self.memory = group, setting, memory_of(group)
+        xp = self.memory.xp
         counts = setting.traffic // setting.itemsize
         self._counts = counts
         self._sends, self._receives = counts[group.rank].tolist(), counts[:, group.rank].tolist()
         self.facts = _facts(setting.traffic, setting.itemsize, group.topology)
         self._values = Values(setting.dtype, group.world_size, int(counts.max()))
         self._num_sets = num_sets(int(setting.traffic.sum(axis=1).max()), setting)
-        self._inputs = np.empty((self._num_sets, sum(self._sends)), setting.dtype)
-        for number, x in enumerate(self._inputs):
+        inputs = np.empty((self._num_sets, sum(self._sends)), setting.dtype)
+        for number, x in enumerate(inputs):
             for dst, part in enumerate(_split(x, self._sends)):
                 part[:] = self._values.row(group.rank, dst, number, len(part))
-        self._copy = ColdCopy(sum(self._receives) * setting.itemsize, setting)
-        self._out = np.empty(0, setting.dtype)
+        self._inputs = xp.asarray(inputs)
+        self._copy = ColdCopy(sum(self._receives) * setting.itemsize, setting, self.memory)
+        self._out = xp.empty(0, setting.dtype)
         self.outputs = {"copy": self._copy.destination}
         library = library_of(group)
         if library is None:
@@ -49,7 +52,7 @@ class AllToAllTrial(Trial):
         else:
             self._dense = library.all_to_all(self._sends, self._receives)
             self.baseline = self._dense.name
-            self.outputs["dense"] = np.empty(sum(self._receives), setting.dtype)
+            self.outputs["dense"] = xp.empty(sum(self._receives), setting.dtype)
 
     def run(self, step: int) -> None:
         x = self._inputs[step % self._num_sets]
@@ -70,10 +73,10 @@ class AllToAllTrial(Trial):
     def _dense_number(self, step: int) -> int:
         return (step + self._num_sets // 2) % self._num_sets
 
-    def _count(self, out: Array, number: int) -> int:
+    def _count(self, out: Any, number: int) -> int:
         return sum(
             int(np.count_nonzero(part != self._values.row(src, self.group.rank, number, len(part))))
-            for src, part in enumerate(_split(out, self._receives))
+            for src, part in enumerate(_split(self.memory.to_host(out), self._receives))
         )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import sparsecoll as sc
 from bench import hot
 from bench.library import Baseline
+from bench.memory import memory_of
 from bench.trial import ColdCopy, Facts, Setting, Trial, num_sets
 from bench.values import Values
 
@@ -37,7 +38,7 @@ class SparseTrial(Trial):
     is_sparse = True
 
     def __init__(self, group: sc.Group, setting: Setting) -> None:
-        self.group, self.setting = group, setting
+        self.group, self.setting, self.memory = group, setting, memory_of(group)
         num_chunks, world_size = setting.num_chunks, group.world_size
         self.num_elements = setting.size_bytes // (num_chunks * setting.itemsize)
         if self.num_elements == 0:
@@ -86,20 +87,22 @@ class SparseTrial(Trial):
         num_rows, chunks, dtype = self.dense.num_source_rows, self.input_chunks(), self.setting.dtype
         largest = max(num_rows, max(self.shares)) * self.chunk_bytes
         self.num_sets = num_sets(largest, self.setting)
-        self._inputs = np.ones((self.num_sets, num_rows, self.num_elements), dtype)
+        inputs = np.ones((self.num_sets, num_rows, self.num_elements), dtype)
         for number in range(self.num_sets):
             for row, chunk in enumerate(chunks):
-                self._inputs[number, row] = self.values.row(self.group.rank, chunk, number, self.num_elements)
+                inputs[number, row] = self.values.row(self.group.rank, chunk, number, self.num_elements)
+        self._inputs = self.memory.xp.asarray(inputs)
         # The copy's source comes last, so that writing it drives the inputs out of the cache.
         num_out = len(self.output_chunks(self.plans[0].chunks))
-        self._copy = ColdCopy(num_out * self.chunk_bytes, self.setting)
+        self._copy = ColdCopy(num_out * self.chunk_bytes, self.setting, self.memory)
+        empty = self.memory.xp.empty
         self.outputs = {
-            "ours": np.empty((num_out, self.num_elements), dtype),
-            "dense": np.empty((self.dense.num_rows, self.num_elements), dtype),
+            "ours": empty((num_out, self.num_elements), dtype),
+            "dense": empty((self.dense.num_rows, self.num_elements), dtype),
             "copy": self._copy.destination,
         }
 
-    def input_at(self, step: int) -> Array:
+    def input_at(self, step: int) -> Any:
         """The rows that this rank passes to ours."""
         return self._inputs[self._number(step), : len(self.input_chunks())]
 
@@ -117,7 +120,7 @@ class SparseTrial(Trial):
         return self._count("dense", self.dense.rows, self.output_chunks(self.all_chunks), self._dense_number(step))
 
     def _count(self, name: str, rows: Sequence[int], chunks: Sequence[int], number: int) -> int:
-        output = self.outputs[name]
+        output = self.memory.to_host(self.outputs[name])
         return sum(
             int(np.count_nonzero(output[row] != self.expected(chunk, number)))
             for row, chunk in zip(rows, chunks, strict=True)
