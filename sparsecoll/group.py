@@ -434,7 +434,12 @@ def _make_transport(backend: str, timeout_s: float, device: int | None) -> Trans
         # Before the others are kept waiting: what a rank lacks, it says at once.
         library, gpu = nccl_transport.find_library(), _device_of_rank(device)
         control = _make_host_transport(_choose_host_backend(), timeout_s)
-        return nccl_transport.NcclTransport(control, gpu, library, timeout_s=timeout_s)
+        try:
+            return nccl_transport.NcclTransport(control, gpu, library, timeout_s=timeout_s)
+        except SparsecollError as error:
+            control.abort(str(error))
+            control.close()
+            raise
     if device is not None:
         raise InvalidArgument(f"init_group: expected a device for backend nccl only, got {device} for {backend}")
     return _make_host_transport(backend, timeout_s)

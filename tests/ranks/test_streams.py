@@ -13,7 +13,9 @@ import torch
 
 import sparsecoll as sc
 from sparsecoll.collectives.agreement import digest_of
+from sparsecoll.collectives.buffers import buffer_of
 from sparsecoll.collectives.counts import CountExchange
+from sparsecoll.executor import Spot, gather_recipe, run_recipe
 from sparsecoll.transport.local import LocalTransport, LocalWorld
 from sparsecoll.transport.nccl import CupyLibrary, NcclTransport
 from tests.conformance import CHECKS
@@ -222,6 +224,35 @@ def test_a_rank_that_does_not_come_is_a_timeout_and_the_group_is_unusable() -> N
         device.fake.drain()  # the stream goes on
 
     run_emulated(main, 2, checked=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lanes_of_different_priority_keep_one_order(seed: int) -> None:
+    """Each has a stream and a communicator of its own. Rank 1 sends on, on one, what comes to it on the other."""
+
+    def main(group: sc.Group) -> None:
+        transport = group.transport
+        assert isinstance(transport, NcclTransport)
+        device, rank = device_of(group), group.rank
+        operation = group.operation("open_lane")
+        group.run(operation, lambda: transport.open_lane(-1, operation))
+        row, spot = torch.zeros(1000), {0: (Spot(0, 0, 4000),)}
+        device.fake.current = device.new_stream(0).ptr
+        for step in range(1, 6):
+            if rank == 0:
+                row.fill_(step)
+            for src, priority in ((0, 0), (1, -1)):
+                place = sc.Placement.of_owners([src], 3).replicate({0: [src + 1]})
+                plan = sc.plan_all_gather(place, 4000, group.topology, "direct")
+                source = spot if rank == src else {}
+                recipe = gather_recipe(plan, rank, source, spot if rank == src + 1 else {}, {0: (4000,)}, 1)
+                operation = group.operation("hop")
+                run_recipe(recipe, transport, [buffer_of(row)], operation, "torch", priority=priority)
+            device.fake.drain()
+            group.barrier()
+            assert row.unique().tolist() == [float(step)]
+
+    run_emulated(main, 3, checked=False, seed=7 * seed)
 
 
 def test_who_waits_for_a_rank_that_gave_up_hears_of_it_at_once() -> None:
