@@ -139,7 +139,7 @@ class _Part(NamedTuple):
 
 def _rounds(plan: Plan, rank: int) -> list[list[_Part]]:
     """A rank's messages, round by round; in a round by row, which is the same order at both ends."""
-    table, (row, piece, number, num_rounds, _) = plan.transfers, rounds_of(plan)
+    table, (pieces, row, piece, number, num_rounds, _) = plan.transfers, rounds_of(plan)
     mine = (table["src"] == rank) | (table["dst"] == rank)
     chosen = mine[row]
     row, piece, number = row[chosen], piece[chosen], number[chosen]
@@ -151,7 +151,7 @@ def _rounds(plan: Plan, rank: int) -> list[list[_Part]]:
     columns = {each: table[each].tolist() for each in table.dtype.names or ()}
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         at = int(row[begin])
-        cuts = piece_bounds(columns["begin"][at], columns["end"][at], columns["pieces"][at])
+        cuts = piece_bounds(columns["begin"][at], columns["end"][at], int(pieces[at]))
         first, last = cuts[int(piece[begin])], cuts[int(piece[end]) + 1]
         if first < last:
             ends_of = columns["src"][at], columns["dst"][at], columns["chunk"][at]

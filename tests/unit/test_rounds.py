@@ -33,10 +33,10 @@ def test_what_is_forwarded_has_come_in_an_earlier_round(plan: sc.Plan) -> None:
     assert sorted(set(rounds.number.tolist())) == list(range(rounds.num_rounds))
     number = {key: n for *key, n in zip(rounds.row.tolist(), rounds.piece.tolist(), rounds.number.tolist(), strict=True)
               for key in [tuple(key)]}  # fmt: skip
-    assert len(number) == table["pieces"].sum()
+    assert len(number) == rounds.pieces.sum()
     for row, needs in enumerate(needs_of(table, gathers=plan.op == "all_gather")):
         for need in needs:
-            for piece in range(int(table["pieces"][row])):
+            for piece in range(int(rounds.pieces[row])):
                 assert number[need, piece] < number[row, piece]
 
 
