@@ -70,10 +70,11 @@ def rounds_of(plan: Plan) -> Rounds:
     for buckets in sorted({min(number, last + 1) for number in _NUM_BUCKETS}):
         number = _after_needs(stage * buckets // (last + 1), before, after)
         # A round in which nothing travels would be a launch for nothing.
-        used, number = np.unique(number, return_inverse=True)
-        time_s = busy.time_s(number, len(used)) + len(used) * _ROUND_S
+        used = np.bincount(number) > 0
+        number, num_rounds = (np.cumsum(used) - 1)[number], int(used.sum())
+        time_s = busy.time_s(number, num_rounds) + num_rounds * _ROUND_S
         if best is None or time_s < best.time_s:
-            best = Rounds(pieces, row, piece, number.astype(np.int64), len(used), time_s)
+            best = Rounds(pieces, row, piece, number, num_rounds, time_s)
     assert best is not None
     return best
 
@@ -112,9 +113,8 @@ def _edges(table: Table, pieces: Integers, first: Integers, *, gathers: bool) ->
 
     As `sparsecoll.plan.simulate.needs_of` has it, for tables of many rows.
     """
-    ranges = np.stack([table["chunk"], table["begin"]], axis=1)
-    _, number = np.unique(ranges, axis=0, return_inverse=True)
-    number = number.reshape(-1).astype(np.int64)
+    cuts, cut = np.unique(table["begin"], return_inverse=True)
+    number = table["chunk"].astype(np.int64) * len(cuts) + cut
     width = int(max(table["src"].max(), table["dst"].max())) + 1
     arrives, leaves = number * width + table["dst"], number * width + table["src"]
     waiting = np.arange(len(table)) if gathers else np.flatnonzero(table["partial"])
