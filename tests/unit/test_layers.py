@@ -26,7 +26,7 @@ PACKAGE = ROOT / "sparsecoll"
 
 BACK_ENDS = {"torch", "mpi4py", "cupy", "cupyx", "cuda", "nccl"}
 PURE = {"placement", "plan", "balance", "topology", "reference"}
-PUBLIC_MODULES = {"sparsecoll", "sparsecoll.balance", "sparsecoll.moe", "sparsecoll.native"}
+PUBLIC_MODULES = {"sparsecoll", "sparsecoll.balance", "sparsecoll.cuda", "sparsecoll.moe", "sparsecoll.native"}
 
 
 class Import(NamedTuple):
