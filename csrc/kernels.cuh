@@ -11,8 +11,8 @@
 
 #define SPARSECOLL_DEVICE __device__ __forceinline__
 
-// Defines the kernel `name` for blocks of at most `threads`, of which `blocks` fit a multiprocessor together; its body is
-// the function that follows. By __grid_constant__ an array in the arguments can be indexed where it lies.
+// Defines the kernel `name` for blocks of at most `threads`, of which `blocks` fit a multiprocessor together; its body
+// is the function that follows. By __grid_constant__ an array in the arguments can be indexed where it lies.
 #define SPARSECOLL_KERNEL(name, Arguments, threads, blocks, ...)                                              \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Arguments a) { \
         __VA_ARGS__(a);                                                                                       \

@@ -122,7 +122,6 @@ SPARSECOLL_DEVICE void sort_walk(const SortByExpert& a) {
         if (!places && a.has_shared_rows) {
             for (long long expert = lane_of_warp(); expert < a.num_experts; expert += 32) kept[expert] = row[expert];
         }
-        __syncwarp();
     }
 }
 

@@ -66,9 +66,10 @@ class CudaLauncher:
         self._driver, self._runtime = driver, runtime
         self._device_id = device_id
         try:
-            device = Device(device_id)
-            self._arch = int(device.compute_capability)
-            self._num_multiprocessors = int(device.attributes["MultiProcessorCount"])
+            self._arch = int(Device(device_id).compute_capability)
+            self._num_multiprocessors = int(
+                runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device_id)
+            )
         except runtime.CUDARuntimeError as error:
             raise BackendUnavailable(f"CudaLauncher: expected CUDA device {device_id}, got: {error}") from None
         self._loading = threading.Lock()

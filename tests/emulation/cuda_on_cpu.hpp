@@ -1,9 +1,10 @@
 // CUDA's words in plain C++, so that the text of the kernels runs on the CPU. Included before it.
 //
-// Blocks run one after the other, the threads of a block as fibers: a thread runs until it waits, and who goes on then
-// is drawn by a seed, as is the order of blocks. Kernels that lack a barrier so give other results, and threads that
-// wait for what never comes are reported. So are addresses that are not aligned, and writes past shared memory, which
-// each block finds full of garbage. All state belongs to one launch, and launches on several host threads are apart.
+// Blocks run one after the other, the threads of a block as fibers: a thread runs until it waits, and a seed draws who
+// goes before whom, warps and the threads of each, as well as the order of blocks. Some so get as far ahead as barriers
+// let them: kernels that lack one give other results, and threads that wait for what never comes are reported. So are
+// addresses that are not aligned or not among those allowed, and writes past shared memory, which each block finds full
+// of garbage. All state belongs to one launch, and launches on several host threads are apart.
 #pragma once
 
 #include <ucontext.h>
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -46,11 +48,17 @@ struct Meeting {
     unsigned long long brought[warp_size], met[warp_size];
 };
 
+struct Range {
+    long long begin, end;
+};
+
 class Launch {
   public:
-    Launch(Kernel kernel, const void* arguments, unsigned grid, unsigned block, std::size_t shared_bytes, unsigned seed)
+    Launch(Kernel kernel, const void* arguments, unsigned grid, unsigned block, std::size_t shared_bytes, unsigned seed,
+           std::vector<Range> allowed)
         : grid(grid), block(block), kernel_(kernel), arguments_(arguments), shared_bytes_(shared_bytes), random_(seed),
-          shared_(shared_bytes + red_zone_bytes + 16), warps_(block / warp_size) {}
+          allowed_(std::move(allowed)), shared_(shared_bytes + red_zone_bytes + 16), warps_(block / warp_size),
+          rank_(block) {}
 
     std::string run(unsigned first_block, unsigned num_blocks) {
         std::vector<unsigned> order(num_blocks);
@@ -67,6 +75,15 @@ class Launch {
         failure_ = what + " in block " + std::to_string(block_number) + ", thread " + std::to_string(running->thread);
         swapcontext(&running->context, &scheduler_);
         __builtin_unreachable();
+    }
+
+    // Ends the launch unless it may touch these bytes.
+    void check_access(long long address, long long num_bytes) {
+        if (address % num_bytes != 0) fail("an address that " + std::to_string(num_bytes) + " does not divide");
+        const auto holds = [&](Range range) { return range.begin <= address && address + num_bytes <= range.end; };
+        if (!allowed_.empty() && std::none_of(allowed_.begin(), allowed_.end(), holds)) {
+            fail("an access of " + std::to_string(num_bytes) + " bytes where nothing is");
+        }
     }
 
     void meet_block(std::source_location place) { meet(all_, block, place); }
@@ -92,18 +109,15 @@ class Launch {
     void run_block(unsigned number) {
         block_number = number;
         std::fill(shared_.begin(), shared_.end(), garbage);
-        unstarted_.resize(block);
-        std::iota(unstarted_.begin(), unstarted_.end(), 0);
-        std::shuffle(unstarted_.begin(), unstarted_.end(), random_);
+        draw_order();
         std::size_t num_fibers = 0;
         num_done_ = 0;
         ready_.clear();
         while (num_done_ < block && failure_.empty()) {
-            const std::size_t choices = ready_.size() + (unstarted_.empty() ? 0 : 1);
-            if (choices == 0) return describe_deadlock();
-            const std::size_t choice = random_() % choices;
-            if (choice < ready_.size()) {
-                running = std::exchange(ready_[choice], ready_.back());
+            if (ready_.empty() && unstarted_.empty()) return describe_deadlock();
+            if (unstarted_.empty() || (!ready_.empty() && rank_[ready_.front()->thread] < rank_[unstarted_.back()])) {
+                running = ready_.front();
+                std::pop_heap(ready_.begin(), ready_.end(), later_);
                 ready_.pop_back();
             } else {
                 if (num_fibers == fibers_.size()) fibers_.push_back(std::make_unique<Fiber>());
@@ -116,6 +130,19 @@ class Launch {
         if (!std::all_of(end, end + red_zone_bytes, [](unsigned char byte) { return byte == garbage; })) {
             failure_ = "writes past shared memory in block " + std::to_string(number);
         }
+    }
+
+    void draw_order() {
+        std::vector<int> warps(warps_.size()), lanes(warp_size);
+        std::iota(warps.begin(), warps.end(), 0);
+        std::shuffle(warps.begin(), warps.end(), random_);
+        unstarted_.clear();
+        for (const int warp : warps) {
+            std::iota(lanes.begin(), lanes.end(), 0);
+            std::shuffle(lanes.begin(), lanes.end(), random_);
+            for (const int lane : lanes) unstarted_.push_back(warp * warp_size + lane);
+        }
+        for (std::size_t place = 0; place < block; ++place) rank_[unstarted_[place]] = static_cast<int>(block - place);
     }
 
     void prepare(Fiber& fiber) {
@@ -146,7 +173,10 @@ class Launch {
         meeting.waiting.push_back(running);
         if (meeting.waiting.size() == size) {
             std::copy_n(meeting.brought, warp_size, meeting.met);
-            ready_.insert(ready_.end(), meeting.waiting.begin(), meeting.waiting.end());
+            for (Fiber* fiber : meeting.waiting) {
+                ready_.push_back(fiber);
+                std::push_heap(ready_.begin(), ready_.end(), later_);
+            }
             meeting.waiting.clear();
         }
         swapcontext(&running->context, &scheduler_);
@@ -166,11 +196,16 @@ class Launch {
     const void* const arguments_;
     const std::size_t shared_bytes_;
     std::mt19937 random_;
+    const std::vector<Range> allowed_;
     std::vector<unsigned char> shared_;
     std::vector<Meeting> warps_;
+    std::vector<int> rank_;
     Meeting all_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
-    std::vector<Fiber*> ready_;
+    const std::function<bool(const Fiber*, const Fiber*)> later_ = [this](const Fiber* a, const Fiber* b) {
+        return rank_[a->thread] > rank_[b->thread];
+    };
+    std::vector<Fiber*> ready_;  // a heap, the first to go on at its front
     std::vector<int> unstarted_;
     unsigned num_done_ = 0;
     std::string failure_;
@@ -248,22 +283,15 @@ struct alignas(16) Word16 {
 };
 
 template <class Word>
-void check_alignment(long long address) {
-    if (address % static_cast<long long>(sizeof(Word)) != 0) {
-        emulation::Launch::current->fail("an address that " + std::to_string(sizeof(Word)) + " does not divide");
-    }
-}
-
-template <class Word>
 void load_word(long long address, Word& word, bool wanted = true) {
     if (!wanted) return;
-    check_alignment<Word>(address);
+    emulation::Launch::current->check_access(address, sizeof(Word));
     std::memcpy(&word, reinterpret_cast<const void*>(address), sizeof(Word));
 }
 
 template <class Word>
 void store_word(long long address, const Word& word) {
-    check_alignment<Word>(address);
+    emulation::Launch::current->check_access(address, sizeof(Word));
     std::memcpy(reinterpret_cast<void*>(address), &word, sizeof(Word));
 }
 
@@ -274,17 +302,19 @@ T* shared_memory() {
 
 }  // namespace sparsecoll
 
-// Runs some blocks of a launch, and returns what was wrong or an empty text, valid until this host thread's next launch.
-extern "C" [[gnu::used]] inline const char* run_kernel(emulation::Kernel kernel, const void* arguments, unsigned grid, unsigned block,
-                                         unsigned long long shared_bytes, unsigned first_block, unsigned num_blocks,
-                                         unsigned seed) {
+// Runs some blocks of a launch, and returns what was wrong or an empty text, valid until this host thread launches
+// again. Where no ranges are allowed, all are.
+extern "C" [[gnu::used]] inline const char* run_kernel(emulation::Kernel kernel, const void* arguments, unsigned grid,
+                                                       unsigned block, unsigned long long shared_bytes,
+                                                       unsigned first_block, unsigned num_blocks, unsigned seed,
+                                                       const emulation::Range* allowed, unsigned num_allowed) {
     static thread_local std::string failure;
     if (grid == 0 || grid > 0x7fffffffu || block == 0 || block > 1024 || block % emulation::warp_size != 0 ||
         shared_bytes > emulation::most_shared_bytes) {
         failure = "a launch that no device takes";
         return failure.c_str();
     }
-    emulation::Launch launch(kernel, arguments, grid, block, shared_bytes, seed);
+    emulation::Launch launch(kernel, arguments, grid, block, shared_bytes, seed, {allowed, allowed + num_allowed});
     emulation::Launch::current = &launch;
     failure = launch.run(first_block, num_blocks);
     emulation::Launch::current = nullptr;

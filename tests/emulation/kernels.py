@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +30,16 @@ class EmulatedLauncher:
     Args:
         num_multiprocessors: what geometry follows.
         seed: draws the order of blocks and threads.
+
+    Attributes:
+        launched: names of the kernels so far.
+        allowed: pairs of addresses between which kernels may read and write; all may be touched while there are none.
     """
 
     def __init__(self, num_multiprocessors: int = 132, seed: int = 0) -> None:
         self._num_multiprocessors, self._seed = num_multiprocessors, seed
         self.launched: list[str] = []
+        self.allowed: list[tuple[int, int]] = []
 
     @property
     def num_multiprocessors(self) -> int:
@@ -50,7 +56,7 @@ class EmulatedLauncher:
         stream: int,
     ) -> None:
         self.launched.append(kernel)
-        launch_now(kernel, grid, block, shared_bytes, arguments, seed=self._seed)
+        launch_now(kernel, grid, block, shared_bytes, arguments, seed=self._seed, allowed=self.allowed)
 
 
 def launch_now(
@@ -62,12 +68,14 @@ def launch_now(
     *,
     blocks: range | None = None,
     seed: int = 0,
+    allowed: Sequence[tuple[int, int]] = (),
     library: ctypes.CDLL | None = None,
 ) -> None:
     """Runs a kernel.
 
     Args:
         blocks: those of the grid that run; None for all.
+        seed, allowed: as `EmulatedLauncher` has them.
         library: of `compile_text`; None for the kernels of the package.
 
     Raises:
@@ -79,8 +87,10 @@ def launch_now(
     if arguments.nbytes != num_bytes:
         raise LaunchFailed(f"{kernel}: {arguments.nbytes} bytes of arguments for {num_bytes}")
     blocks = range(grid) if blocks is None else blocks
+    ranges = np.array(allowed, np.int64)
     failure: bytes = library.run_kernel(
-        getattr(library, kernel), arguments.ctypes.data, grid, block, shared_bytes, blocks.start, len(blocks), seed
+        *(getattr(library, kernel), arguments.ctypes.data, grid, block, shared_bytes),
+        *(blocks.start, len(blocks), seed, ranges.ctypes.data, len(ranges)),
     )
     if failure:
         raise LaunchFailed(f"{kernel}: {failure.decode()}")
@@ -104,7 +114,7 @@ def compile_text(text: str) -> ctypes.CDLL:
     library.run_kernel.restype = ctypes.c_char_p
     library.run_kernel.argtypes = [
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulonglong),
-        *(ctypes.c_uint, ctypes.c_uint, ctypes.c_uint),
+        *(ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint),
     ]
     return library
 
