@@ -71,8 +71,8 @@ SPARSECOLL_DEVICE void combine_rows(const Combine& a) {
 }
 
 // d_source[p] = weight[t, k] * d_destination[t] and d_weight[t, k] = d_destination[t] . source[p], where p is
-// position[t, k]. A group of threads has one assignment. Groups larger than a warp need 8 bytes of shared memory for each
-// warp.
+// position[t, k]. A group of threads has one assignment. Groups larger than a warp need shared memory, 8 bytes for each
+// warp of the block.
 struct CombineBackward {
     long long d_source, d_weight, d_destination, source, position, weight, num_assignments, top_k, row_units;
     long long group_bits;
