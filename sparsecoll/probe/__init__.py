@@ -15,8 +15,10 @@ from sparsecoll.group import Group, resolve_group
 from sparsecoll.probe.combine import combine, rank_links
 from sparsecoll.probe.measure import Meter
 from sparsecoll.probe.rounds import scale_out_rounds, scale_up_rounds, shared_rounds
+from sparsecoll.probe.wires import HostWire, StreamWire, Wire
 from sparsecoll.topology import Topology
-from sparsecoll.transport.base import HostTransport, Operation
+from sparsecoll.transport.base import HostTransport, Operation, Transport
+from sparsecoll.transport.stream import StreamTransport
 
 __all__ = ["probe"]
 
@@ -36,8 +38,8 @@ def probe(group: Any = None, *, duration_s: float = 2.0, timeout_s: float | None
     processes, show in what is measured.
 
     Collective: all ranks call it in the same order.
-    Stream: CPU memory only.
-    Memory: up to 64 MiB for each rank while it runs.
+    Stream: the host waits for every measurement, on a GPU too.
+    Memory: up to 64 MiB for each rank while it runs; on a GPU 512 MiB there.
 
     Args:
         group: as in `sparse_all_gather`.
@@ -61,26 +63,30 @@ def _probe(group: Group, operation: Operation, duration_s: float) -> Topology:
     problem = None
     if not (isinstance(duration_s, (int, float)) and 0 < duration_s < math.inf):
         problem = InvalidArgument(f"{_NAME}: expected duration_s > 0, got {duration_s} {group.place_of_error}")
-    if not isinstance(group.transport, HostTransport):
-        problem = InvalidArgument(
-            f"{_NAME}: expected a group that moves CPU memory, got {group.backend} on {group.device} "
-            f"{group.place_of_error}"
-        )
     if group.checked and group.world_size > 1:
         agree(group, operation, digest_of(_NAME, duration_s), lambda: {"duration_s": duration_s}, problem=problem)
     if problem is not None:
         raise agreed_error(problem) if group.world_size == 1 else problem
-    assert isinstance(group.transport, HostTransport)
     node_of = group.topology.node_of
     if group.world_size == 1:
         return Topology.flat(1)
     inside, between, together = scale_up_rounds(node_of), scale_out_rounds(node_of), shared_rounds(node_of)
-    meter = Meter(group.transport, operation, duration_s / (len(inside) + len(between) + len(together)))
+    host, wire = _ways(group.transport, operation)
+    meter = Meter(host, wire, operation, duration_s / (len(inside) + len(between) + len(together)))
     up, out = meter.pairs(inside), meter.pairs(between)
     shared = meter.nodes(together, node_of, rank_links(len(node_of), out)) if together else []
-    topology = replace(combine(node_of, up, out, shared), shared_memory=group.topology.shared_memory)
+    flags = {name: getattr(group.topology, name) for name in ("shared_memory", "in_rounds")}
+    topology = replace(combine(node_of, up, out, shared), **flags)
     _check_equal(group, operation, topology)
     return topology
+
+
+def _ways(transport: Transport, operation: Operation) -> tuple[HostTransport, Wire]:
+    """What ranks talk over, and what they measure."""
+    if isinstance(transport, StreamTransport):
+        return transport.control, StreamWire(transport, operation)
+    assert isinstance(transport, HostTransport)
+    return transport, HostWire(transport, operation)
 
 
 def _check_equal(group: Group, operation: Operation, topology: Topology) -> None:

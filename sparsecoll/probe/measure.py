@@ -11,22 +11,20 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparsecoll.probe.combine import NodeSample, PairSample
 from sparsecoll.probe.rounds import NodePair, Pair
+from sparsecoll.probe.wires import Wire
 from sparsecoll.topology import Link
 from sparsecoll.transport.base import HostTransport, Message, Operation
 
 __all__ = ["Meter"]
 
-_IN_FLIGHT = 4
+_PING_BYTES = 8
 _SMALLEST_BATCH_BYTES = 1 << 14
-_LARGEST_BATCH_BYTES = 1 << 25
 _SHORTEST_BATCH_S, _LONGEST_BATCH_S = 5e-3, 5e-2
 _FEWEST_BATCHES, _MOST_BATCHES = 3, 15
 _FEWEST_PINGS, _MOST_PINGS = 10, 500
@@ -37,19 +35,22 @@ _SAMPLE = struct.Struct("<dd")
 
 
 class Meter:
-    """Takes part in all rounds of one operation; owns the buffers.
+    """Takes part in all rounds of one operation.
 
     Args:
+        transport: carries what ranks tell each other.
+        wire: is measured.
         round_s: about how long a round is to take.
     """
 
-    def __init__(self, transport: HostTransport, operation: Operation, round_s: float) -> None:
+    def __init__(self, transport: HostTransport, wire: Wire, operation: Operation, round_s: float) -> None:
         self._transport = transport
+        self._wire = wire
         self._operation = operation
         self._pings_s = round_s / 4
         self._batches_s = round_s / 2
         self._batch_s = min(max(self._batches_s / _MOST_BATCHES, _SHORTEST_BATCH_S), _LONGEST_BATCH_S)
-        self._source = self._destination = np.ones(0, np.uint8)
+        wire.reserve(_PING_BYTES)
 
     def pairs(self, rounds: Sequence[Sequence[Pair]]) -> list[PairSample]:
         """Measures the pairs of each round at once; every rank gets the samples of all."""
@@ -82,7 +83,7 @@ class Meter:
             alone = {
                 pair: min(links[rank].bandwidth_bytes_per_s for rank in pair) for pairs in node_pairs for pair in pairs
             }
-            batch_s = min(_SHARED_BATCH_S, _LARGEST_BATCH_BYTES / max(alone.values()))
+            batch_s = min(_SHARED_BATCH_S, self._wire.most_bytes / max(alone.values()))
             batch_bytes = {pair: max(1, int(bandwidth * batch_s)) for pair, bandwidth in alone.items()}
             times = self._times_together(batch_bytes, _clamped(int(self._batches_s / batch_s)))
             for pairs in node_pairs:
@@ -114,15 +115,14 @@ class Meter:
         return self._round_trip_s(peer, count if leads else int(told), leads) / 2
 
     def _round_trip_s(self, peer: int, count: int, leads: bool) -> float:
-        question, answer = (Message(peer, np.ones(8, np.uint8)) for _ in range(2))
         times = []
         for _ in range(count):
             begin_s = time.perf_counter()
             if leads:
-                self._wait([question], [answer])
+                self._wire.swap(peer, _PING_BYTES, _PING_BYTES)
             else:
-                self._wait([], [question])
-                self._wait([answer], [])
+                self._wire.swap(peer, 0, _PING_BYTES)
+                self._wire.swap(peer, _PING_BYTES, 0)
             times.append(time.perf_counter() - begin_s)
         return median(times)
 
@@ -132,11 +132,11 @@ class Meter:
         num_bytes = _SMALLEST_BATCH_BYTES
         # Of two, as one may have waited for a core, and the first one touches new memory.
         while (seconds := min(self._batch(peer, num_bytes) for _ in range(2))) < self._batch_s:
-            if num_bytes == _LARGEST_BATCH_BYTES:
+            if num_bytes == self._wire.most_bytes:
                 break
             # A link that slows down after a burst shows only when it is reached step by step.
             factor = min(max(1.2 * self._batch_s / seconds, 2.0), 8.0)
-            num_bytes = min(int(num_bytes * factor), _LARGEST_BATCH_BYTES)
+            num_bytes = min(int(num_bytes * factor), self._wire.most_bytes)
         count = _clamped(int(self._batches_s / seconds))
         return num_bytes / median(self._batch(peer, num_bytes) for _ in range(count))
 
@@ -146,27 +146,17 @@ class Meter:
         return max(seconds, self._swap(peer, seconds))
 
     def _move(self, peer: int, num_bytes: int) -> float:
-        if len(self._source) < num_bytes:  # written once, so that no batch is the first to touch it
-            self._source, self._destination = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
-        sends, receives = (_parts(peer, buffer[:num_bytes]) for buffer in (self._source, self._destination))
+        self._wire.reserve(num_bytes)
         begin_s = time.perf_counter()
-        self._wait(sends, receives)
+        self._wire.swap(peer, num_bytes, num_bytes)
         return time.perf_counter() - begin_s
 
     def _swap(self, peer: int, value: float) -> float:
         """Gives ``value`` for the peer's."""
         mine, other = np.array([value], "<f8"), np.empty(1, "<f8")
-        self._wait([Message(peer, mine.view(np.uint8))], [Message(peer, other.view(np.uint8))])
-        return float(other[0])
-
-    def _wait(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        sends, receives = [Message(peer, mine.view(np.uint8))], [Message(peer, other.view(np.uint8))]
         self._transport.wait(self._transport.post(sends, receives, self._operation), self._operation)
-
-
-def _parts(peer: int, view: NDArray[np.uint8]) -> list[Message]:
-    """The messages of a batch."""
-    ends = [len(view) * part // _IN_FLIGHT for part in range(_IN_FLIGHT + 1)]
-    return [Message(peer, view[begin:end]) for begin, end in pairwise(ends)]
+        return float(other[0])
 
 
 def _clamped(count: int) -> int:

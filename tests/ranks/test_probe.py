@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sparsecoll as sc
 from sparsecoll.probe import probe
 from sparsecoll.transport.base import Transport
 from sparsecoll.transport.local import run_local as run_transports
+from tests.emulation.world import run_emulated
 
 Given = sc.Topology | str | os.PathLike[str] | None
 
@@ -43,6 +45,19 @@ def test_all_ranks_get_the_same(node_of: tuple[int, ...], checked: bool) -> None
     assert (found.scale_out != default.scale_out) == (len(set(node_of)) > 1)
     for link in (*as_tuple(found.scale_up), *as_tuple(found.scale_out)):
         assert 1e6 < link.bandwidth_bytes_per_s < 1e12 and 1e-8 < link.latency_s < 1.0
+
+
+def test_links_between_devices_are_measured_on_streams() -> None:
+    def main(group: sc.Group) -> sc.Topology:
+        found = probe(group, duration_s=0.2)
+        held = sc.sparse_all_gather(np.ones((1, 4)), sc.Placement.even(2, 2).replicate({0: [1], 1: [0]}), group=group)
+        assert held.sum() == 8  # the group is as good as before
+        return found
+
+    first, second = run_emulated(main, 2, topology=sc.Topology((0, 0)))
+    assert first == second and first.in_rounds and first.scale_up != sc.Topology((0, 0)).scale_up
+    for link in as_tuple(first.scale_up):
+        assert 1e5 < link.bandwidth_bytes_per_s < 1e12 and 1e-8 < link.latency_s < 1.0
 
 
 def test_the_default_group_may_take_the_result() -> None:
