@@ -36,7 +36,7 @@ CheckResults = dict[tuple[str, int], str | None]
 STACKS_SIGNAL = signal.SIGUSR2
 
 _MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
-_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def open_transport(job: Job, num_ranks: int | None = None) -> Transport | None:
     return on_device(TorchTransport(group, owned=True), job.backend) if dist.get_rank() >= begin else None
 
 
-def on_device(control: HostTransport, backend: str, timeout_s: float = _TIMEOUT_S) -> Transport:
+def on_device(control: HostTransport, backend: str, timeout_s: float = _START_TIMEOUT_S) -> Transport:
     """The transport of a back end's device memory, which meets over ``control``; that itself for ``gloo``.
 
     Collective. Ranks take devices in turn, and the calling thread's current device is the rank's from here on.

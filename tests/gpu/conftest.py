@@ -33,7 +33,7 @@ def failure_of(gpu: None, request: pytest.FixtureRequest) -> Failure:
 
     def find(backend: str, world_size: int, check: str) -> str | None:
         if (backend, world_size) not in results:
-            names = wanted[backend, world_size]
+            names = list(dict.fromkeys(wanted[backend, world_size]))
             results[backend, world_size] = run_table(names, backend, world_size)
         return results[backend, world_size][check]
 
