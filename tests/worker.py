@@ -183,8 +183,6 @@ def on_device(control: HostTransport, backend: str, timeout_s: float = _START_TI
 
     group = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)
-    # Messages of some ranks alone cannot start a communicator of all.
-    dist.all_reduce(torch.zeros(1, device=gpu.name), group=group)
     return TorchStreamTransport(control, group, gpu)
 
 

@@ -22,7 +22,7 @@ __all__ = ["TorchStreamTransport"]
 
 
 class TorchStreamTransport(StreamTransport):
-    """One rank of a process group that moves device memory; peers are ranks of that group.
+    """One rank of a process group that moves device memory; peers are ranks of that group. All ranks make theirs.
 
     Args:
         control: carries records between the same ranks; closed with this one.
@@ -32,11 +32,14 @@ class TorchStreamTransport(StreamTransport):
     backend = "torch"
 
     def __init__(self, control: HostTransport, process_group: ProcessGroup, gpu: Device) -> None:
+        import torch
         import torch.distributed as dist
 
         super().__init__(control, gpu)
         self._dist: Any = dist
         self._group: Any = process_group
+        # torch connects NCCL at a group's first operation, which therefore must be one that all ranks take part in.
+        dist.all_reduce(torch.zeros(1, device=gpu.name), group=process_group)
 
     def issue(self, group: Round, buffers: Sequence[Buffer], lane: Lane) -> None:
         dist = self._dist
