@@ -1,9 +1,9 @@
 """A GPU for each thread, with the part of CuPy's face that sparsecoll uses, over CPU memory.
 
-Streams are queues that a thread of the device works off, picking at random among those that can go on, so that a missing
-event shows as a wrong result. NCCL is emulated at its worst: a group is one kernel that ends when its last message has
-been matched, sizes that differ are an error, and only one such kernel runs on a device at a time, so that ranks that
-start them in different orders wait for ever.
+Streams are queues that a thread of the device works off, picking at random among those that can go on, so that a
+missing event shows as a wrong result. NCCL is emulated at its worst: a group is one kernel that ends when its last
+message has been matched, sizes that differ are an error, and only one such kernel runs on a device at a time, so that
+ranks that start them in different orders wait for ever.
 
 The stream `HOST` is the calling thread itself: what is recorded there has happened, and who makes it wait, waits.
 """

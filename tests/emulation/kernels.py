@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import subprocess
 import tempfile
 import threading
@@ -17,6 +19,7 @@ __all__ = ["EmulatedLauncher", "LaunchFailed", "compile_text", "launch_now"]
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE.parents[1] / "csrc"
+_BUILD = _HERE.parents[1] / "build" / "emulation"
 _building = threading.Lock()
 
 
@@ -97,26 +100,38 @@ def launch_now(
 
 
 def compile_text(text: str) -> ctypes.CDLL:
-    """Compiles kernels, in the words of `csrc/kernels.cuh`, to be launched by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.so"
-        subprocess.run(
-            [
-                *("g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"),
-                *("-Wno-unknown-pragmas", f"-I{_SOURCES}", "-include", str(_HERE / "cuda_on_cpu.hpp")),
-                *("-x", "c++", "-", "-o", str(path)),
-            ],
-            input=text,
-            text=True,
-            check=True,
-        )
-        library = ctypes.CDLL(str(path))
+    """Compiles kernels, in the words of `csrc/kernels.cuh`, to be launched by name; what has been is not again."""
+    headers = [_HERE / "cuda_on_cpu.hpp", *sorted(_SOURCES.glob("*.cu*")), _SOURCES / "dtype.hpp"]
+    content = hashlib.blake2b(text.encode() + b"".join(each.read_bytes() for each in headers), digest_size=16)
+    path = _BUILD / f"{content.hexdigest()}.so"
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    with (_BUILD / "lock").open("w") as lock:  # or each of several ranks would compile it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _compile(text, path)
+    library = ctypes.CDLL(str(path))
     library.run_kernel.restype = ctypes.c_char_p
     library.run_kernel.argtypes = [
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulonglong),
         *(ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint),
     ]
     return library
+
+
+def _compile(text: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=_BUILD) as folder:
+        fresh = Path(folder) / "kernels.so"
+        subprocess.run(
+            [
+                *("g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"),
+                *("-Wno-unknown-pragmas", f"-I{_SOURCES}", "-include", str(_HERE / "cuda_on_cpu.hpp")),
+                *("-x", "c++", "-", "-o", str(fresh)),
+            ],
+            input=text,
+            text=True,
+            check=True,
+        )
+        fresh.replace(path)
 
 
 def _library() -> ctypes.CDLL:
