@@ -57,7 +57,7 @@ class LoadDispatcher:
         routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
         _report(layer, routes)
         layer.load.tokens = loads.sum(axis=0).tolist()
-        mine = LocalRoutes.of(routes.of_rank(group.rank), tokens.device)
+        mine = LocalRoutes.of(routes.of_rank(group.rank), experts.owned, tokens.device)
         sent = order[mine.send_order]
         position = inverse_permutation(sent).view_as(routing.expert_ids)
         sending = Sending(sent.div(top_k, rounding_mode="floor"), position, is_permutation=True)
@@ -80,7 +80,7 @@ class FixedDispatcher:
         loads = np.full((group.world_size, place.num_chunks), rows_per_expert, np.int64)
         routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
         _report(layer, routes)
-        self._routes = LocalRoutes.of(routes.of_rank(group.rank), layer.experts[0].device)
+        self._routes = LocalRoutes.of(routes.of_rank(group.rank), layer.layer.experts.owned, layer.experts[0].device)
         # The last entry is what slot -1 finds.
         place_of_slot = inverse_permutation(self._routes.send_order)
         self._place_of_slot = torch.cat([place_of_slot, place_of_slot.new_full((1,), -1)])

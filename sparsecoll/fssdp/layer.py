@@ -23,7 +23,6 @@ from sparsecoll.errors import InvalidArgument, SparsecollError
 from sparsecoll.fssdp.reports import LayerLoad, ReplicaMemory
 from sparsecoll.group import Group
 from sparsecoll.moe import MoELayer
-from sparsecoll.moe.experts import Row, rows_of
 from sparsecoll.placement import Placement
 from sparsecoll.plan import Plan, plan_all_gather, plan_reduce_scatter
 from sparsecoll.transport.base import Counters
@@ -38,7 +37,8 @@ class Materialized:
     Attributes:
         place: where every expert is.
         hot: experts with replicas, ascending; all their holders compute with gathered rows, the owner too.
-        weights: gathered rows ``[len(held hot), ...]`` of each weight name; empty without replicas.
+        weights: gathered rows ``[len(held hot), ...]`` of each weight name, of hot experts that this rank holds,
+            ascending; empty without replicas.
         plan: of the reduce-scatter that brings their gradients back, or None without replicas.
     """
 
@@ -151,16 +151,6 @@ class ShardedLayer:
         if self._decision is not None and self._decision.gather is not None:
             self._decision.gather.result()
         self._decision = None
-
-    def rows(self, materialized: Materialized, experts: NDArray[np.int64]) -> list[Row]:
-        """The weights of the experts held here: gathered rows of hot ones, owned rows of the others."""
-        owned = dict(zip(self.layer.experts.owned, rows_of([w.detach() for w in self.experts]), strict=True))
-        gathered = dict(zip(self.held_hot(materialized), rows_of(materialized.weights), strict=True))
-        return [gathered[expert] if expert in gathered else owned[expert] for expert in experts.tolist()]
-
-    def held_hot(self, materialized: Materialized) -> list[int]:
-        """Hot experts of which this rank has a row, ascending."""
-        return [expert for expert in materialized.hot if materialized.place.holders[expert, self.group.rank]]
 
     def start_counts(self, counts: Tensor, requires_grad: bool) -> CountExchange:
         """Starts the one exchange that a layer needs in forward; issues the gather of replicas first.

@@ -2,18 +2,17 @@
 
 What is sent where has been decided (`sparsecoll.fssdp.dispatch`); nothing here asks another rank, or waits for a GPU.
 
-Legend: ``T`` tokens, ``K`` top-k, ``D`` model dim, ``S`` rows sent, ``M`` rows received, ``W`` ranks, ``H`` experts
-that this rank holds.
+Legend: ``T`` tokens, ``K`` top-k, ``D`` model dim, ``S`` rows sent, ``M`` rows received, ``W`` ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
@@ -21,13 +20,15 @@ from torch.profiler import record_function
 from sparsecoll.collectives.all_to_all import run_all_to_all
 from sparsecoll.fssdp.backward import Backward
 from sparsecoll.fssdp.layer import Materialized, ShardedLayer
-from sparsecoll.moe.experts import Row, grouped_backward, grouped_forward, rows_of
+from sparsecoll.moe.experts import grouped_backward, grouped_forward
 from sparsecoll.moe.grouped import Groups
 from sparsecoll.moe.permute import combine, inverse_permutation, permute
 from sparsecoll.moe.routes import RankRoutes
 from sparsecoll.moe.upload import upload
 
 __all__ = ["LocalRoutes", "Sending", "travel"]
+
+T = TypeVar("T")
 
 
 class Sending(NamedTuple):
@@ -53,8 +54,8 @@ class LocalRoutes:
         send_counts, recv_counts: ``[W]`` rows.
         by_expert: ``[M]``, the place among the received rows of the row that is computed i-th.
         by_source: ``[M]``, its inverse.
-        experts: ``[H]``, ascending.
-        groups: rows of each of them.
+        replicas: rows of each hot expert that is held here.
+        owned: rows of each expert that this rank owns, of which only those that are not hot compute with owned weights.
     """
 
     send_order: Tensor
@@ -62,23 +63,37 @@ class LocalRoutes:
     recv_counts: list[int]
     by_expert: Tensor
     by_source: Tensor
-    experts: NDArray[np.int64]
-    groups: Groups
+    replicas: Groups
+    owned: Groups
 
     @classmethod
-    def of(cls, routes: RankRoutes, device: torch.device) -> LocalRoutes:
-        """One small copy to the device, on the current stream."""
-        ends = np.cumsum(routes.expert_counts, dtype=np.int64)
+    def of(cls, routes: RankRoutes, owned: Sequence[int], device: torch.device) -> LocalRoutes:
+        """One small copy to the device, on the current stream.
+
+        Args:
+            owned: experts that this rank owns, ascending.
+        """
+        hot, others = np.split(routes.expert_counts, [routes.num_hot])
+        places = np.flatnonzero(np.isin(owned, routes.experts[routes.num_hot :]))
+        own = np.zeros(len(owned), np.int64)
+        own[places] = others
+        ends = np.concatenate([np.cumsum(hot), np.cumsum(own)])
         send_order, by_expert, ends_there = upload([routes.send_order, routes.recv_order, ends], device)
+        hot_ends, own_ends = ends_there.to(torch.int32).split([len(hot), len(own)])
         return cls(
             send_order,
             routes.send_counts.tolist(),
             routes.recv_counts.tolist(),
             by_expert,
             inverse_permutation(by_expert),
-            routes.experts,
-            Groups(routes.expert_counts.tolist(), device, ends_there.to(torch.int32)),
+            Groups(hot.tolist(), device, hot_ends),
+            Groups(own.tolist(), device, own_ends, places.tolist()),
         )
+
+    def present(self, of_replicas: T, of_owned: T) -> list[T]:
+        """Of two things that belong to `replicas` and `owned` those, in this order, that have an expert to compute."""
+        pairs = ((self.replicas, of_replicas), (self.owned, of_owned))
+        return [thing for groups, thing in pairs if groups.places]
 
 
 def travel(
@@ -147,17 +162,23 @@ class _HeldExperts(torch.autograd.Function):
         backward: Backward,
         *weights: Tensor,
     ) -> Tensor:
-        activation = layer.layer.experts.activation
-        y, hidden = grouped_forward(x, routes.groups, layer.rows(materialized, routes.experts), activation)
-        # Saving the parameters, of which rows are taken again in backward, lets autograd notice in-place changes.
-        ctx.save_for_backward(x, hidden, *weights)
+        y, hidden = grouped_forward(
+            x,
+            routes.present(routes.replicas, routes.owned),
+            routes.present(materialized.weights, weights),
+            layer.layer.experts.activation,
+        )
+        # Saving the parameters, with which backward computes again, lets autograd notice in-place changes.
+        ctx.save_for_backward(x, *weights, *hidden)
+        ctx.num_weights = len(weights)
         ctx.routes, ctx.materialized, ctx.layer, ctx.backward = routes, materialized, layer, backward
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, *weights = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        weights, hidden = saved[: ctx.num_weights], saved[ctx.num_weights :]
         layer: ShardedLayer = ctx.layer
         materialized: Materialized = ctx.materialized
         routes: LocalRoutes = ctx.routes
@@ -168,10 +189,10 @@ class _HeldExperts(torch.autograd.Function):
             dy.contiguous(),
             x,
             hidden,
-            routes.groups,
-            layer.rows(materialized, routes.experts),
+            routes.present(routes.replicas, routes.owned),
+            routes.present(materialized.weights, weights),
             layer.layer.experts.activation,
-            _grad_rows(layer, materialized, routes.experts, owned, replicas) if trains else None,
+            routes.present(replicas, owned) if trains else None,
             ctx.needs_input_grad[0],
             # The gradient rule's 1/W costs nothing as a factor of the matrix product.
             scale=1 / layer.group.world_size,
@@ -179,16 +200,3 @@ class _HeldExperts(torch.autograd.Function):
         if trains:
             ctx.backward.reduce(layer, materialized, owned, replicas)
         return dx, None, None, None, None, *(None for _ in weights)
-
-
-def _grad_rows(
-    layer: ShardedLayer,
-    materialized: Materialized,
-    experts: NDArray[np.int64],
-    owned: tuple[Tensor, ...],
-    replicas: tuple[Tensor, ...],
-) -> list[Row]:
-    """Where each held expert's gradient is written: hot ones to be reduced, others straight to the owned rows."""
-    at_owner = dict(zip(layer.layer.experts.owned, rows_of(owned), strict=True))
-    hot = dict(zip(layer.held_hot(materialized), rows_of(replicas), strict=True))
-    return [hot[expert] if expert in hot else at_owner[expert] for expert in experts.tolist()]

@@ -1,10 +1,11 @@
 """The experts of a layer and their grouped feed-forward.
 
-[Note: rows] An expert's weights are one *row*: a tuple of its matrices, ``(first [width * I, D], second [D, I])``.
-Compute takes a sequence of rows and asks nothing about where they live, so that the experts a rank owns (in
-parameters) and its replicas (in another buffer) are computed together.
+[Note: stacks] The weights of several experts are a *stack*, a tensor ``[n, ...]`` for each name; those of one expert
+are a *row* of it, ``(first [width * I, D], second [D, I])``. A rank computes with at most two stacks, gathered replicas
+and the parameters that it owns, and sorts its tokens by stack first. Experts of its own that have replicas compute as
+replicas; their rows of the parameters are passed over.
 
-Legend: ``E`` experts, ``n`` experts here, ``N`` assignments, ``D`` model dim, ``I`` hidden dim.
+Legend: ``E`` experts, ``n`` experts of a stack, ``N`` assignments, ``D`` model dim, ``I`` hidden dim.
 """
 
 from __future__ import annotations
@@ -21,49 +22,48 @@ from sparsecoll.errors import SparsecollError
 from sparsecoll.moe.activation import Activation, find_activation
 from sparsecoll.moe.grouped import Counts, Groups, grouped_product, grouped_weight_gradient
 
-__all__ = ["Experts", "GroupedFFN", "Row", "grouped_backward", "grouped_forward", "rows_of"]
+__all__ = ["Experts", "GroupedFFN", "Row", "Stack", "grouped_backward", "grouped_forward", "rows_of"]
 
 Row = tuple[Tensor, ...]
+Stack = Sequence[Tensor]
 
 
-def rows_of(weights: Sequence[Tensor]) -> list[Row]:
-    """Views of stacked weights ``[n, ...]``, one row for each expert."""
-    return list(zip(*(weight.unbind() for weight in weights), strict=True))
+def rows_of(stack: Stack) -> list[Row]:
+    """Views of a stack, one row for each expert."""
+    return list(zip(*(weight.unbind() for weight in stack), strict=True))
 
 
 @torch.no_grad()
-def grouped_forward(x: Tensor, counts: Counts, rows: Sequence[Row], activation: Activation) -> tuple[Tensor, Tensor]:
+def grouped_forward(
+    x: Tensor, counts: Sequence[Counts], stacks: Sequence[Stack], activation: Activation
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Feeds each expert its tokens.
 
     Args:
-        x: ``[N, D]``, contiguous, sorted by expert.
-        counts: ``[n]``, how many rows of ``x`` belong to each expert, as host integers, as an int64 tensor on the
-            device of ``x``, or as `Groups`, which remember both. Where torch has a grouped product for the dtype, a
-            GPU's counts stay there; elsewhere the host waits to learn them.
-        rows: ``[n]``, see [Note: rows]; all of ``x``'s dtype.
+        x: ``[N, D]``, contiguous, sorted by stack, then by expert.
+        counts: for each stack ``[n]``, how many rows of ``x`` belong to each expert, as host integers, as an int64
+            tensor on the device of ``x``, or as `Groups`, which remember both. For a single stack, a GPU's counts stay
+            there if torch has a grouped product for the dtype; otherwise the host waits to learn them.
+        stacks: see [Note: stacks]; all of ``x``'s dtype.
 
     Returns:
-        ``y`` ``[N, D]``, and the pre-activation ``[N, width * I]`` that `grouped_backward` wants.
+        ``y`` ``[N, D]``, and the pre-activations that `grouped_backward` wants.
     """
-    if not rows:  # A rank may hold no expert at all; it then gets no tokens either.
-        return torch.empty_like(x), x.new_empty(0, 0)
-    groups = Groups.of(counts, x.device)
-    if not x.is_cuda:
-        return _forward_by_expert(x, groups.counts, rows, activation)
-    h = grouped_product(x, [first.t() for first, _ in rows], groups)
-    y = grouped_product(activation.forward(h), [second.t() for _, second in rows], groups)
-    return y, h
+    groups = [Groups.of(each, x.device) for each in counts]
+    if _goes_by_expert(x):
+        return _forward_by_expert(x, *_by_expert(groups, stacks), activation)
+    return _forward_by_stack(x, groups, stacks, activation)
 
 
 @torch.no_grad()
 def grouped_backward(
     dy: Tensor,
     x: Tensor,
-    saved: Tensor,
-    counts: Counts,
-    rows: Sequence[Row],
+    saved: Sequence[Tensor],
+    counts: Sequence[Counts],
+    stacks: Sequence[Stack],
     activation: Activation,
-    grad_rows: Sequence[Row] | None,
+    grad_stacks: Sequence[Stack] | None,
     need_dx: bool,
     *,
     scale: float = 1.0,
@@ -73,46 +73,108 @@ def grouped_backward(
     Args:
         dy: ``[N, D]``, contiguous.
         saved: what `grouped_forward` returned; left as it is.
-        grad_rows: where each expert's weight gradients are *written*, zeros for one without tokens; None for none.
+        grad_stacks: where weight gradients are *written*, zeros for an expert without tokens; None for none. Rows
+            that are passed over may be written or not.
         scale: of the weight gradients, not of ``dx``.
 
     Returns:
         ``dx`` ``[N, D]``, or None without ``need_dx``.
     """
-    if not rows:
-        return torch.empty_like(x) if need_dx else None
-    groups = Groups.of(counts, x.device)
-    if not x.is_cuda:
-        return _backward_by_expert(dy, x, saved, groups.counts, rows, activation, grad_rows, need_dx, scale)
-    dh, activated = activation.backward(grouped_product(dy, [second for _, second in rows], groups), saved)
-    if grad_rows is not None:
-        grouped_weight_gradient(dy, activated, groups, [second for _, second in grad_rows], scale)
-        del activated
-        grouped_weight_gradient(dh, x, groups, [first for first, _ in grad_rows], scale)
-    return grouped_product(dh, [first for first, _ in rows], groups) if need_dx else None
+    groups = [Groups.of(each, x.device) for each in counts]
+    if not _goes_by_expert(x):
+        return _backward_by_stack(dy, x, saved, groups, stacks, activation, grad_stacks, need_dx, scale)
+    grad_rows = None if grad_stacks is None else _by_expert(groups, grad_stacks)[1]
+    return _backward_by_expert(dy, x, saved, *_by_expert(groups, stacks), activation, grad_rows, need_dx, scale)
+
+
+def _goes_by_expert(x: Tensor) -> bool:
+    """Whether caches count for more than launches."""
+    return not x.is_cuda
+
+
+def _by_expert(groups: Sequence[Groups], stacks: Sequence[Stack]) -> tuple[list[int], list[Row]]:
+    """How many tokens each expert has that computes here, and its row."""
+    counts, rows = [], []
+    for group, stack in zip(groups, stacks, strict=True):
+        its_rows = rows_of(stack)
+        counts += [group.counts[place] for place in group.places]
+        rows += [its_rows[place] for place in group.places]
+    return counts, rows
+
+
+def _forward_by_stack(
+    x: Tensor, groups: Sequence[Groups], stacks: Sequence[Stack], activation: Activation
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One stack after the other, each in one product for each of its two tensors."""
+    results, saved = [], []
+    for part, group, (first, second) in zip(_split(x, groups), groups, stacks, strict=True):
+        h = grouped_product(part, first.transpose(1, 2), group)
+        results.append(grouped_product(activation.forward(h), second.transpose(1, 2), group))
+        saved.append(h)
+    return _join(results, x), tuple(saved)
+
+
+def _backward_by_stack(
+    dy: Tensor,
+    x: Tensor,
+    saved: Sequence[Tensor],
+    groups: Sequence[Groups],
+    stacks: Sequence[Stack],
+    activation: Activation,
+    grad_stacks: Sequence[Stack] | None,
+    need_dx: bool,
+    scale: float,
+) -> Tensor | None:
+    """The mirror of `_forward_by_stack`."""
+    results = []
+    parts = zip(_split(dy, groups), _split(x, groups), saved, groups, stacks, strict=True)
+    for number, (d_part, part, h, group, (first, second)) in enumerate(parts):
+        dh, activated = activation.backward(grouped_product(d_part, second, group), h)
+        if grad_stacks is not None:
+            d_first, d_second = grad_stacks[number]
+            grouped_weight_gradient(d_part, activated, group, d_second, scale)
+            del activated
+            grouped_weight_gradient(dh, part, group, d_first, scale)
+        if need_dx:
+            results.append(grouped_product(dh, first, group))
+    return _join(results, x) if need_dx else None
+
+
+def _split(x: Tensor, groups: Sequence[Groups]) -> Sequence[Tensor]:
+    """The rows of each stack; of a single one the counts are not asked for, so that they can stay on a GPU."""
+    return [x] if len(groups) == 1 else x.split([sum(group.counts) for group in groups])
+
+
+def _join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    parts = [part for part in parts if len(part)]
+    if not parts:  # A rank may hold no expert at all; it then gets no tokens either.
+        return torch.empty_like(like)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _forward_by_expert(
     x: Tensor, counts: Sequence[int], rows: Sequence[Row], activation: Activation
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One expert after the other: what lies between two products then stays in a core's cache.
 
     Product by product over all experts, intermediates are megabytes of fresh memory each time. Two runs of
     ``python -m bench expert_parallel`` over MPI: by hand over ours 0.86 to 0.90 that way, 0.94 this way.
     """
-    h = x.new_empty(len(x), rows[0][0].shape[0])
     y = torch.empty_like(x)
+    if not rows:  # A rank may hold no expert at all; it then gets no tokens either.
+        return y, (x.new_empty(0, 0),)
+    h = x.new_empty(len(x), rows[0][0].shape[0])
     for x_e, h_e, y_e, (first, second) in zip(x.split(counts), h.split(counts), y.split(counts), rows, strict=True):
         if len(x_e):
             torch.mm(x_e, first.t(), out=h_e)
             torch.mm(activation.forward(h_e), second.t(), out=y_e)
-    return y, h
+    return y, (h,)
 
 
 def _backward_by_expert(
     dy: Tensor,
     x: Tensor,
-    saved: Tensor,
+    saved: Sequence[Tensor],
     counts: Sequence[int],
     rows: Sequence[Row],
     activation: Activation,
@@ -121,6 +183,7 @@ def _backward_by_expert(
     scale: float,
 ) -> Tensor | None:
     """The mirror of `_forward_by_expert`."""
+    (h,) = saved
     dx = torch.empty_like(x) if need_dx else None
     begin = 0
     for number, (count, (first, second)) in enumerate(zip(counts, rows, strict=True)):
@@ -131,7 +194,7 @@ def _backward_by_expert(
             for gradient in gradients:
                 gradient.zero_()
             continue
-        dh, activated = activation.backward(torch.mm(dy[part], second), saved[part])
+        dh, activated = activation.backward(torch.mm(dy[part], second), h[part])
         if gradients:
             torch.addmm(gradients[1], dy[part].t(), activated, beta=0, alpha=scale, out=gradients[1])
             torch.addmm(gradients[0], dh.t(), x[part], beta=0, alpha=scale, out=gradients[0])
@@ -141,12 +204,12 @@ def _backward_by_expert(
 
 
 class GroupedFFN(torch.autograd.Function):
-    """`grouped_forward` over stacked weights ``[n, ...]``: ``apply(x, counts, activation, first, second)``."""
+    """`grouped_forward` over one stack: ``apply(x, counts, activation, first, second)``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: Counts, activation: Activation, *weights: Tensor) -> Tensor:
         x, groups = x.contiguous(), Groups.of(counts, x.device)
-        y, h = grouped_forward(x, groups, rows_of(weights), activation)
+        y, (h,) = grouped_forward(x, [groups], [weights], activation)
         ctx.save_for_backward(x, h, *weights)
         ctx.groups, ctx.activation = groups, activation
         return y
@@ -160,11 +223,11 @@ class GroupedFFN(torch.autograd.Function):
         dx = grouped_backward(
             dy.contiguous(),
             x,
-            h,
-            ctx.groups,
-            rows_of(weights),
+            [h],
+            [ctx.groups],
+            [weights],
             ctx.activation,
-            None if gradients is None else rows_of(gradients),
+            None if gradients is None else [gradients],
             need_dx,
         )
         return dx, None, None, *(gradients if gradients is not None else [None for _ in weights])

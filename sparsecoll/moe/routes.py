@@ -2,6 +2,7 @@
 
 Legend: ``W`` ranks, ``E`` experts, ``H`` experts that a rank holds, ``N`` assignments of a rank (tokens times top-k),
 ``M`` assignments that a rank receives. Its own assignments are among them: a rank sends to itself as to any other.
+Experts with several holders are *hot*.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class RankRoutes:
         send_counts: ``[W]``, rows to each rank.
         recv_counts: ``[W]``, rows from each rank.
         recv_order: ``[M]``, the place in the received rows (grouped by source, then by expert) of the row that is
-            computed i-th. Rows are computed grouped by expert, then by source.
-        experts: ``[H]``, the experts that the rank holds, ascending.
+            computed i-th. Rows are computed grouped by expert, in the order of ``experts``, then by source.
+        experts: ``[H]``, the experts that the rank holds: hot ones ascending, then the others ascending. Weights of hot
+            ones are gathered in this order, and those of the others are the rank's own, so that rows that compute with
+            one buffer are consecutive.
         expert_counts: ``[H]``, rows of each of them.
+        num_hot: how many of them are hot.
     """
 
     send_order: Integers
@@ -40,6 +44,7 @@ class RankRoutes:
     recv_order: Integers
     experts: Integers
     expert_counts: Integers
+    num_hot: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +62,17 @@ class Routes:
     def of_rank(self, rank: int) -> RankRoutes:
         """The share of one rank; costs O(E * W + N + M)."""
         sent, received = self.quotas[rank], self.quotas[:, :, rank]
-        experts = np.flatnonzero(self.holders[:, rank])
+        held, is_hot = self.holders[:, rank], self.holders.sum(axis=1) > 1
+        hot, others = np.flatnonzero(held & is_hot), np.flatnonzero(held & ~is_hot)
+        experts = np.concatenate([hot, others])
         return RankRoutes(
             send_order=_swap_grouping(sent),
             send_counts=sent.sum(axis=0),
             recv_counts=received.sum(axis=1),
-            recv_order=_swap_grouping(received),
+            recv_order=_swap_grouping(received, experts),
             experts=experts,
             expert_counts=received.sum(axis=0)[experts],
+            num_hot=len(hot),
         )
 
 
@@ -137,9 +145,12 @@ def _holders_by_node(mask: NDArray[np.bool_], nodes: Integers) -> _NodeHolders:
     return _NodeHolders(num_nodes, ranks, sizes, np.cumsum(sizes) - sizes)
 
 
-def _swap_grouping(sizes: Integers) -> Integers:
-    """Reorders rows grouped by (a, b), ``sizes[a, b]`` of each, to be grouped by (b, a): the old place of each row."""
+def _swap_grouping(sizes: Integers, order: Integers | slice = slice(None)) -> Integers:
+    """Reorders rows grouped by (a, b), ``sizes[a, b]`` of each, to be grouped by (b, a): the old place of each row.
+
+    The b come in ``order``, which has all that have rows.
+    """
     starts = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
-    lengths = sizes.T.ravel()
-    shift = starts.T.ravel() - (np.cumsum(lengths) - lengths)
+    lengths = sizes.T[order].ravel()
+    shift = starts.T[order].ravel() - (np.cumsum(lengths) - lengths)
     return np.arange(lengths.sum()) + np.repeat(shift, lengths)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsecoll as sc
 from sparsecoll.balance import Busiest, NoReplicas
+from sparsecoll.moe import experts
 from tests.fssdp_checks import (
     BUSY_REPLICAS,
     Case,
@@ -16,6 +21,7 @@ from tests.fssdp_checks import (
     Sharded,
     accumulate,
     assert_notes_equal,
+    capacity_of,
     check_script,
     notes_of_one_process,
     owned_rows,
@@ -194,26 +200,129 @@ def test_frozen_parameters(frozen: tuple[str, ...], balancer: NoReplicas | Busie
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_narrow_dtypes(dtype: torch.dtype, tolerance: float, activation: str) -> None:
-    """A step's gradients differ from one process's by rounding: by ``tolerance`` of their norm."""
     case = Case(dtype=dtype, activation=activation, dim=16, hidden_dim=8, biases=((1, 2.0), (3, 1.0)))
+    sc.run_local(lambda group: check_one_step(group, case, tolerance), 3)
 
-    def main(group: sc.Group) -> None:
-        run = Sharded(case, group)
-        train_once(run)
-        expected = notes_of_one_process(case, train_once, group.world_size)
-        for (label, got), (_, wanted) in zip(run.notes, expected, strict=True):
-            if label == "loss":
-                assert got.isfinite() and abs(got - wanted[group.rank]) <= tolerance * abs(wanted[group.rank])
-            if label in ("gradients", "parameters"):
-                for name, value in wanted.items():
-                    if value is not None:
-                        rows = value[owned_rows(case, group)] if ".experts." in name else value
-                        error = (got[name].double() - rows.double()).norm()
-                        assert got[name].dtype == dtype and error <= tolerance * (value.double().norm() + 1e-3), name
 
-    sc.run_local(main, 3)
+def check_one_step(group: sc.Group, case: Case, tolerance: float) -> None:
+    """A step's gradients differ from one process's by rounding: by ``tolerance`` of their norm."""
+    run = Sharded(case, group)
+    train_once(run)
+    expected = notes_of_one_process(case, train_once, group.world_size)
+    for (label, got), (_, wanted) in zip(run.notes, expected, strict=True):
+        if label == "loss":
+            assert got.isfinite() and abs(got - wanted[group.rank]) <= tolerance * abs(wanted[group.rank])
+        if label in ("gradients", "parameters"):
+            for name, value in wanted.items():
+                if value is not None:
+                    rows = value[owned_rows(case, group)] if ".experts." in name else value
+                    error = (got[name].double() - rows.double()).norm()
+                    assert got[name].dtype == case.dtype and error <= tolerance * (value.double().norm() + 1e-3), name
 
 
 def train_once(run: Run) -> None:
     run.loss(0).backward()
     run.update()
+
+
+# Sizes of which torch has grouped products, replicas from the first step on, and tokens for all but one expert.
+STACKED = Case(
+    dtype=torch.float32,
+    dim=16,
+    hidden_dim=8,
+    num_experts=7,
+    top_k=5,
+    tokens=(17, 12, 23),
+    biases=(),
+    balancer=Scattered(),
+)
+# Here rounding is as large as some differences between scores, and must not decide the routing.
+STACKED_16_BIT = replace(STACKED, dtype=torch.bfloat16, top_k=3, biases=((1, 2.0), (3, 1.0)))
+STACKED_CASES = {
+    "uneven owners": STACKED,
+    "gelu": replace(STACKED, activation="gelu"),
+    "more ranks than experts": replace(STACKED, num_experts=3, top_k=2, biases=((1, 1.0),)),
+    "no replicas": replace(STACKED, balancer=NoReplicas()),
+    "experts that nobody chose": replace(STACKED, top_k=3, biases=((1, -50.0), (2, -50.0), (6, -50.0))),
+    "all tokens to one expert": replace(STACKED, top_k=1, biases=((2, 50.0),)),
+    "first rank without tokens": replace(STACKED, tokens=(0, 5, 3)),
+    "frozen inlet": replace(STACKED, frozen=("inlet", "first")),
+    "fixed capacity": replace(STACKED, rows_per_expert=5, replicates=True),
+    "bfloat16": STACKED_16_BIT,
+    "bfloat16, fixed capacity": replace(STACKED_16_BIT, rows_per_expert=30, replicates=True),
+}
+
+
+def by_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks compute as on a GPU from here on."""
+    monkeypatch.setattr(experts, "_goes_by_expert", lambda x: False)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("name", STACKED_CASES)
+def test_grouped_products_equal_one_process_that_loops(
+    name: str, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = STACKED_CASES[name]
+    notes_of_one_process(case, train_once, world_size)  # kept for the ranks
+    by_stack(monkeypatch)
+    tolerance = 2e-2 if case.dtype == torch.bfloat16 else 1e-5
+    sc.run_local(lambda group: check_one_step(group, case, tolerance), world_size)
+
+
+def test_grouped_products_train_as_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over steps with replicas elsewhere each time, and micro-batches."""
+    notes_of_one_process(STACKED, accumulate, 3)
+    by_stack(monkeypatch)
+
+    def main(group: sc.Group) -> None:
+        run = Sharded(STACKED, group)
+        accumulate(run)
+        assert_notes_equal(run, notes_of_one_process(STACKED, accumulate, 3), rtol=1e-3, atol=1e-4)
+
+    sc.run_local(main, 3)
+
+
+class ExpertProducts(TorchDispatchMode):
+    """Counts grouped products, and those that a loop over experts writes into given memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_grouped = self.num_looped = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_grouped += func.overloadpacket.__name__ == "_grouped_mm"
+        self.num_looped += func in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(STACKED, balancer=NoReplicas()),
+        STACKED,
+        replace(STACKED, dtype=torch.bfloat16),
+        replace(STACKED, rows_per_expert=5, replicates=True),
+    ],
+    ids=["no replicas", "replicas", "bfloat16", "fixed capacity"],
+)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_one_grouped_product_for_each_buffer(case: Case, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in forward and four in backward for replicas, and as many for owned experts without replicas."""
+    by_stack(monkeypatch)
+    base, capacity = sc.Placement.even(case.num_experts, world_size), capacity_of(case, world_size)
+    places = [case.balancer.place([], base)] * 2
+    if capacity is not None:
+        places = list(capacity.placements({"first": base, "second": base}).values())
+
+    def main(group: sc.Group) -> None:
+        run = Sharded(case, group)
+        with ExpertProducts() as products:
+            run.loss(0).backward()
+        num_buffers = 0
+        for place in places:
+            hot, held = set(place.replicated().tolist()), set(place.held_by(group.rank).tolist())
+            num_buffers += bool(held & hot) + bool(held - hot)
+        assert (products.num_grouped, products.num_looped) == (6 * num_buffers, 0)
+
+    sc.run_local(main, world_size)

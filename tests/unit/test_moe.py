@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecoll.errors import InvalidArgument, SparsecollError
 from sparsecoll.moe import (
+    Activation,
     Experts,
     MoELayer,
     auxiliary_loss,
@@ -28,12 +32,30 @@ from sparsecoll.moe import (
     rows_of,
     sort_by_expert,
 )
+from sparsecoll.moe import experts as experts_module
 from sparsecoll.moe.grouped import Groups, grouped_product, grouped_weight_gradient
 from sparsecoll.moe.upload import upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # The smallest sizes that torch's grouped_mm takes are multiples of 16 bytes; the odd ones go through the loop.
 SIZES = [(16, 24), (5, 3)]
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts products of matrices, a grouped one as one."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func.overloadpacket.__name__ in ("mm", "addmm", "_grouped_mm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["by expert", "by stack"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How experts are computed; by stack as on a GPU."""
+    monkeypatch.setattr(experts_module, "_goes_by_expert", lambda x: request.param == "by expert")
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -433,47 +455,21 @@ class TestGroupedFFN:
         assert torch.autograd.gradcheck(compute, (x, *experts.weights))
 
     @pytest.mark.parametrize("device", DEVICES)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("name", ["swiglu", "gelu"])
-    def test_rows_may_live_anywhere(self, device: str, dtype: torch.dtype, name: str) -> None:
-        """In one parameter, evenly or unevenly spaced in a larger one, or apart: the same bits on a CPU."""
-        activation = find_activation(name)
-        experts = Experts(4, 16, 8, activation=name, device=device, dtype=dtype)
-        x, dy = (torch.randn(8, 16, device=device, dtype=dtype) for _ in range(2))
-        wide = [weight.detach().repeat_interleave(2, 0) for weight in experts.weights]
-        rows = rows_of([weight.detach() for weight in experts.weights])
-        results = []
-        scattered = [tuple(matrix.clone() for matrix in row) for row in rows]
-        even, uneven = (rows_of([weight[places] for weight in wide]) for places in (slice(None, None, 2), slice(None)))
-        for layout in (rows, even, [uneven[place] for place in (1, 2, 5, 6)], scattered):
-            poisoned = rows_of([torch.full_like(weight, torch.nan) for weight in experts.weights])
-            y, saved = grouped_forward(x, self.COUNTS, layout, activation)
-            kept = saved.clone()
-            dx = grouped_backward(dy, x, saved, self.COUNTS, layout, activation, poisoned, True)
-            assert torch.equal(saved, kept) and dx is not None
-            assert not any(matrix.any() for matrix in poisoned[1])
-            results.append([y, dx, *(matrix for row in poisoned for matrix in row)])
-        tolerance = 0.0 if device == "cpu" else 1e-2
-        for other in results[1:]:
-            for value, reference in zip(other, results[0], strict=True):
-                torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance)
-
-    @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_counts_may_be_known_to_the_host_or_the_device(self, device: str, dtype: torch.dtype) -> None:
         activation = find_activation("gelu")
-        rows = rows_of([w.detach() for w in Experts(4, 16, 8, activation="gelu", device=device, dtype=dtype).weights])
+        stack = [w.detach() for w in Experts(4, 16, 8, activation="gelu", device=device, dtype=dtype).weights]
         x = torch.randn(8, 16, device=device, dtype=dtype)
         there = torch.tensor(self.COUNTS, device=device)
-        expected, _ = grouped_forward(x, self.COUNTS, rows, activation)
+        expected, _ = grouped_forward(x, [self.COUNTS], [stack], activation)
         for counts in (list(self.COUNTS), there, Groups(there, x.device), Groups(self.COUNTS, x.device)):
-            y, _ = grouped_forward(x, counts, rows, activation)
+            y, _ = grouped_forward(x, [counts], [stack], activation)
             assert torch.equal(y, expected)
 
     @pytest.mark.parametrize("counts", [COUNTS, torch.tensor(COUNTS)], ids=["host", "device"])
     def test_groups_know_both_sides(self, counts: tuple[int, ...] | Tensor) -> None:
         groups = Groups(counts, torch.device("cpu"))
-        assert groups.counts == [3, 0, 4, 1]
+        assert groups.counts == [3, 0, 4, 1] and list(groups.places) == [0, 1, 2, 3]
         assert groups.ends.dtype == torch.int32 and groups.ends.tolist() == [3, 3, 7, 8]
         ends = torch.zeros(4, dtype=torch.int32)
         assert Groups(counts, torch.device("cpu"), ends).ends is ends, "what the caller has is not made again"
@@ -481,25 +477,171 @@ class TestGroupedFFN:
     @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_products_of_no_rows(self, device: str, dtype: torch.dtype) -> None:
-        matrices = list(torch.randn(3, 16, 8, device=device, dtype=dtype))
-        groups, gradients = Groups([0, 0, 0], matrices[0].device), [torch.full_like(each, 7) for each in matrices]
+        stack = torch.randn(3, 16, 8, device=device, dtype=dtype)
+        groups, gradient = Groups([0, 0, 0], stack.device), torch.full_like(stack, 7)
         none = torch.empty(0, 16, device=device, dtype=dtype)
-        assert grouped_product(none, matrices, groups).shape == (0, 8)
-        grouped_weight_gradient(none, none[:, :8], groups, gradients)
-        assert not any(each.any() for each in gradients)
+        assert grouped_product(none, stack, groups).shape == (0, 8)
+        grouped_weight_gradient(none, none[:, :8], groups, gradient)
+        assert not gradient.any()
 
-    def test_gradients_that_nobody_wants_are_not_computed(self) -> None:
+    def test_gradients_that_nobody_wants_are_not_computed(self, path: str) -> None:
         activation = find_activation("swiglu")
-        rows = rows_of([weight.detach() for weight in Experts(4, 6, 5).weights])
-        x, dy = torch.randn(8, 6), torch.randn(8, 6)
-        _, saved = grouped_forward(x, self.COUNTS, rows, activation)
-        assert grouped_backward(dy, x, saved, self.COUNTS, rows, activation, None, False) is None
-        dx = grouped_backward(dy, x, saved, self.COUNTS, rows, activation, None, True)
+        stack = [weight.detach() for weight in Experts(4, 16, 8).weights]
+        x, dy = torch.randn(8, 16), torch.randn(8, 16)
+        _, saved = grouped_forward(x, [self.COUNTS], [stack], activation)
+        with CountProducts() as products:
+            assert grouped_backward(dy, x, saved, [self.COUNTS], [stack], activation, None, False) is None
+            num_without = products.num
+            dx = grouped_backward(dy, x, saved, [self.COUNTS], [stack], activation, None, True)
         assert dx is not None and dx.shape == x.shape
+        assert (num_without, products.num) == ((1, 1 + 2) if path == "by stack" else (3, 3 + 6))
 
-    def test_a_rank_without_experts(self) -> None:
-        activation = find_activation("gelu")
-        y, saved = grouped_forward(torch.zeros(0, 6), [], [], activation)
+    def test_a_rank_without_experts(self, path: str) -> None:
+        activation, none = find_activation("gelu"), torch.zeros(0, 6)
+        y, saved = grouped_forward(none, [], [], activation)
         assert len(y) == 0
-        dx = grouped_backward(torch.zeros(0, 6), torch.zeros(0, 6), saved, [], [], activation, [], True)
+        dx = grouped_backward(none, none, saved, [], [], activation, [], True)
         assert dx is not None and len(dx) == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the weights of some experts live.
+
+    Attributes:
+        experts: in the order of compute.
+        stacks: what holds them, NaN where nobody may look.
+        places: of each stack, which of its rows they are.
+    """
+
+    experts: list[int]
+    stacks: list[list[Tensor]]
+    places: list[list[int]]
+
+    def counts(self, of_expert: Sequence[int]) -> list[Groups]:
+        numbers, groups = iter([of_expert[expert] for expert in self.experts]), []
+        for stack, places in zip(self.stacks, self.places, strict=True):
+            counts = [0] * len(stack[0])
+            for place in places:
+                counts[place] = next(numbers)
+            groups.append(Groups(counts, stack[0].device, places=places))
+        return groups
+
+    def rows(self, stacks: list[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+        return [rows_of(stack)[place] for stack, places in zip(stacks, self.places, strict=True) for place in places]
+
+
+def layouts_of(weights: Sequence[Tensor]) -> dict[str, Layout]:
+    """Five experts in several layouts."""
+    wide = []
+    for weight in weights:
+        stack = torch.full((10, *weight.shape[1:]), torch.nan, dtype=weight.dtype, device=weight.device)
+        stack[::2] = weight
+        wide.append(stack)
+
+    def owned(places: list[int]) -> list[Tensor]:
+        stack = [torch.full_like(weight, torch.nan) for weight in weights]
+        for mine, weight in zip(stack, weights, strict=True):
+            mine[places] = weight[places]
+        return stack
+
+    def gathered(experts: list[int]) -> list[Tensor]:
+        return [weight[experts] for weight in weights]
+
+    whole = list(range(5))
+    return {
+        "one stack": Layout(whole, [list(weights)], [whole]),
+        "evenly spaced": Layout(whole, [[stack[::2] for stack in wide]], [whole]),
+        "rows between": Layout(whole, [wide], [[0, 2, 4, 6, 8]]),
+        "replicas and owned": Layout([1, 4, 0, 2, 3], [gathered([1, 4]), owned([0, 2, 3])], [[0, 1], [0, 2, 3]]),
+        "replicas, one owned": Layout([0, 1, 3, 4, 2], [gathered([0, 1, 3, 4]), owned([2])], [[0, 1, 2, 3], [2]]),
+        "an expert for each stack": Layout(whole, [gathered([expert]) for expert in whole], [[0]] * 5),
+    }
+
+
+class TestStacks:
+    """The same numbers wherever weights live and whichever way they are computed."""
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize(
+        ("dtype", "dim", "tolerance"),
+        [(torch.float64, 16, 1e-12), (torch.float32, 16, 1e-5), (torch.bfloat16, 16, 3e-2), (torch.float32, 5, 1e-5)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", ["swiglu", "gelu"])
+    @pytest.mark.parametrize("of_expert", [(3, 0, 4, 1, 2), (0, 0, 0, 0, 6), (0, 5, 0, 0, 1), (0,) * 5], ids=str)
+    def test_equals_autograd(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        dim: int,
+        tolerance: float,
+        name: str,
+        of_expert: tuple[int, ...],
+        path: str,
+    ) -> None:
+        activation = find_activation(name)
+        weights = [w.detach() for w in Experts(5, dim, 8, activation=name, device=device, dtype=dtype).weights]
+        inputs, d_outputs = (
+            [torch.randn(count, dim, device=device, dtype=dtype) for count in of_expert] for _ in range(2)
+        )
+        for label, layout in layouts_of(weights).items():
+            exact = [t.double().requires_grad_() for t in [*weights, torch.cat([inputs[e] for e in layout.experts])]]
+            y, dx, gradients = self._compute(layout, of_expert, inputs, d_outputs, activation)
+            expected = torch.cat(
+                [
+                    activation.forward(rows @ exact[0][expert].t()) @ exact[1][expert].t()
+                    for rows, expert in zip(
+                        exact[2].split([of_expert[e] for e in layout.experts]), layout.experts, strict=True
+                    )
+                ]
+            )
+            dy = torch.cat([d_outputs[expert] for expert in layout.experts]).double()
+            first, second, d_input = torch.autograd.grad(expected, exact, dy)
+            pairs = [(y, expected), (dx, d_input)]
+            for expert, (d_first, d_second) in zip(layout.experts, gradients, strict=True):
+                pairs += [(d_first, first[expert] / 3), (d_second, second[expert] / 3)]
+                assert of_expert[expert] or not (d_first.any() or d_second.any()), "zeros without tokens"
+            for value, reference in pairs:
+                assert value.dtype == dtype
+                error = (value.double() - reference).norm()
+                assert error <= tolerance * reference.norm(), f"{label}: {error} of {reference.norm()}"
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_expert_by_expert_the_bits_do_not_depend_on_the_place(self, dtype: torch.dtype) -> None:
+        of_expert, activation = (3, 0, 4, 1, 2), find_activation("swiglu")
+        layouts = layouts_of([weight.detach() for weight in Experts(5, 16, 8, dtype=dtype).weights])
+        inputs, d_outputs = ([torch.randn(count, 16, dtype=dtype) for count in of_expert] for _ in range(2))
+        results = []
+        for label in ("one stack", "evenly spaced", "rows between", "an expert for each stack"):
+            y, dx, gradients = self._compute(layouts[label], of_expert, inputs, d_outputs, activation)
+            results.append([y, dx, *(matrix for row in gradients for matrix in row)])
+        for other in results[1:]:
+            assert all(map(torch.equal, other, results[0]))
+
+    @staticmethod
+    def _compute(
+        layout: Layout,
+        of_expert: Sequence[int],
+        inputs: list[Tensor],
+        d_outputs: list[Tensor],
+        activation: Activation,
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+        x, dy = (torch.cat([parts[expert] for expert in layout.experts]) for parts in (inputs, d_outputs))
+        groups = layout.counts(of_expert)
+        poisoned = [[torch.full(w.shape, torch.nan).to(w) for w in stack] for stack in layout.stacks]
+        y, saved = grouped_forward(x, groups, layout.stacks, activation)
+        kept = [each.clone() for each in saved]
+        dx = grouped_backward(dy, x, saved, groups, layout.stacks, activation, poisoned, True, scale=1 / 3)
+        assert all(map(torch.equal, saved, kept)) and dx is not None
+        return y, dx, layout.rows(poisoned)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("label", ["one stack", "rows between", "replicas and owned", "replicas, one owned"])
+    def test_one_product_for_each_stack(self, dtype: torch.dtype, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(experts_module, "_goes_by_expert", lambda x: False)
+        layout = layouts_of([weight.detach() for weight in Experts(5, 16, 8, dtype=dtype).weights])[label]
+        parts = [torch.randn(3, 16, dtype=dtype) for _ in range(5)]
+        with CountProducts() as products:
+            self._compute(layout, [3] * 5, parts, parts, find_activation("swiglu"))
+        assert products.num == 6 * len(layout.stacks), "2 in forward, 4 in backward"

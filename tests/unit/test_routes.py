@@ -54,7 +54,7 @@ def test_quotas_go_to_the_nearest_holders(world: World) -> None:
 
 
 @given(worlds)
-def test_simulated_dispatch_reaches_every_holder_sorted_by_expert(world: World) -> None:
+def test_simulated_dispatch_reaches_every_holder_sorted_by_expert_hot_ones_first(world: World) -> None:
     size = world.world_size
     # An assignment is (source, expert, number among the source's assignments, sorted by expert).
     assignments = []
@@ -72,14 +72,17 @@ def test_simulated_dispatch_reaches_every_holder_sorted_by_expert(world: World) 
             mailbox[destination].append(part)
 
     computed = []
+    is_hot = world.holders.sum(axis=1) > 1
     for destination, rank in enumerate(world.ranks):
         assert [len(part) for part in mailbox[destination]] == rank.recv_counts.tolist()
         received = np.concatenate(mailbox[destination])
         assert sorted(rank.recv_order) == list(range(len(received)))
         rows = received[rank.recv_order]
-        keys = [(expert, source, number) for source, expert, number in rows]
+        keys = [(not is_hot[expert], expert, source, number) for source, expert, number in rows]
         assert keys == sorted(keys)
-        np.testing.assert_array_equal(rank.experts, np.flatnonzero(world.holders[:, destination]))
+        held = np.flatnonzero(world.holders[:, destination]).tolist()
+        assert rank.experts.tolist() == sorted(held, key=lambda expert: (not is_hot[expert], expert))
+        assert rank.num_hot == sum(is_hot[held])
         np.testing.assert_array_equal(rows[:, 1], np.repeat(rank.experts, rank.expert_counts))
         computed.extend(map(tuple, rows))
     assert sorted(computed) == [tuple(row) for source in assignments for row in source]
