@@ -189,7 +189,7 @@ def test_different_orders_on_two_ranks_are_a_timeout_and_not_a_hang() -> None:
     """The test above can fail: here ranks issue two groups' operations in different orders."""
     worlds = TwoGroups(2)
 
-    def main(group: sc.Group) -> str:
+    def main(group: sc.Group) -> list[str]:
         with worlds.second(group) as other:
             device, counts = device_of(group), [1, 1]
             device.fake.current = device.new_stream(0).ptr
@@ -198,10 +198,11 @@ def test_different_orders_on_two_ranks_are_a_timeout_and_not_a_hang() -> None:
             works = [sc.all_to_all(rows, counts, counts, group=g, async_op=True, timeout_s=1.0) for g in order]
             found = [type(work.exception()).__name__ for work in works]
             device.fake.drain()  # the streams are released
-            return found[0]
+            return found
 
-    # Once one rank has given up its first operation, the other's may still find its match.
-    assert "CollectiveTimeout" in run_emulated(main, 2, checked=False)
+    # Whose time is up first ends it for the other, and once a rank has given up one, the other may find its match.
+    found = [name for names in run_emulated(main, 2, checked=False) for name in names]
+    assert "CollectiveTimeout" in found and set(found) <= {"CollectiveTimeout", "PeerFailure", "NoneType"}
 
 
 def test_a_rank_that_does_not_come_is_a_timeout_and_the_group_is_unusable() -> None:
