@@ -30,7 +30,8 @@ def run_recipe(
     """
     gpu = transport.gpu
     with transport.issuing(operation, framework, priority) as (lane, issue):
-        issue.keep = gpu.protect(tensors, lane, framework)
+        # With the recipe, whose tables may be on their way to the device.
+        issue.keep = recipe, gpu.protect(tensors, lane, framework)
         staging = lane.staging(recipe.staging_bytes) if recipe.staging_bytes else 0
         everything = (*buffers, Buffer(staging, recipe.staging_bytes))
         for step in recipe.steps:
