@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -292,15 +293,22 @@ class _Schedule(NamedTuple):
     recipes: dict[tuple[int, bool, bool, int, int], Recipe]
 
 
-@lru_cache(maxsize=512)
+_scheduling = threading.Lock()
+
+
 def _schedule(
-    call: Call,
-    subset: tuple[int, ...],
-    sizes: SegmentBytes,
-    layout: Layout,
-    topology: Topology,
+    call: Call, subset: tuple[int, ...], sizes: SegmentBytes, layout: Layout, topology: Topology
 ) -> _Schedule:
     """Remembered, for training repeats its calls; the Plan is the user's own or a new one."""
+    # Threads as ranks ask at the same time, and must get the same one: what a rank has added to it is there next time.
+    with _scheduling:
+        return _new_schedule(call, subset, sizes, layout, topology)
+
+
+@lru_cache(maxsize=512)
+def _new_schedule(
+    call: Call, subset: tuple[int, ...], sizes: SegmentBytes, layout: Layout, topology: Topology
+) -> _Schedule:
     made = _make_plan(call.name, call.place, subset, sizes, layout.dtypes, topology, call.algorithm)
     # Planners remember what they made, so the plan of a caller who plans ahead usually is this very one.
     if call.plan is not None and call.plan is not made:
