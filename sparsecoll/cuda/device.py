@@ -267,7 +267,8 @@ class Device:
                     yield lane
                 finally:
                     lane.end()
-                    self._last = lane
+                    # What a capture has recorded is no point that anything outside of it could wait for.
+                    self._last = None if self.is_capturing(lane.stream) else lane
         finally:
             if callers_device != self.index:
                 self._runtime.setDevice(callers_device)

@@ -260,6 +260,8 @@ class _Runtime:
             cupy.wait_for(lambda: token.has_passed)
             return
         if token.graph is not None:
+            if not any(graph is token.graph for graph in cupy.capturing.values()):
+                raise RuntimeError("emulated device: a stream waits for an event of a capture that has ended")
             cupy.capturing.setdefault(stream, token.graph)  # it joins the capture
         elif stream in cupy.capturing:
             raise RuntimeError("emulated device: a captured stream waits for an event from before the capture")
