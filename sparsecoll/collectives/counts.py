@@ -56,7 +56,8 @@ class CountExchange:
             transport = group.transport
             begin = header(self._operation, digest, problem, self._counts.nbytes).ljust(_FLAG, b"\0") + bytes([flag])
             self._on_device = group.run(
-                self._operation, lambda: _DeviceExchange(transport, self._operation, begin, self._counts)
+                self._operation,
+                lambda: _DeviceExchange(transport, self._operation, begin, self._counts, group.record_bytes),
             )
 
     def result(self) -> Counts:
@@ -80,15 +81,23 @@ class CountExchange:
         _, describe, problem = self._agreed
         records = self._on_device.result()
         check_headers(self._group, self._operation, [each.tobytes() for each in records], describe, problem)
-        return records[:, _HEADER_BYTES:].copy().view(np.int64), records[:, _FLAG] != 0
+        end = _HEADER_BYTES + self._counts.nbytes
+        return records[:, _HEADER_BYTES:end].copy().view(np.int64), records[:, _FLAG] != 0
 
 
 class _DeviceExchange:
-    """Records gathered on the device and copied to the host."""
+    """Records gathered on the device and copied to the host.
 
-    def __init__(self, transport: StreamTransport, operation: Operation, begin: bytes, counts: Any) -> None:
+    Args:
+        least_bytes: of a record. Equal on all ranks, so that ranks that are in different layers still meet, and can say
+            so; a gather of unequal sizes might never end.
+    """
+
+    def __init__(
+        self, transport: StreamTransport, operation: Operation, begin: bytes, counts: Any, least_bytes: int
+    ) -> None:
         gpu, world_size = transport.gpu, transport.world_size
-        record_bytes = len(begin) + counts.nbytes
+        record_bytes = max(len(begin) + counts.nbytes, least_bytes)
         sent, self._received = gpu.pinned(len(begin)), gpu.pinned(world_size * record_bytes)
         sent[:] = np.frombuffer(begin, np.uint8)
         with transport.issuing(operation, "torch") as (lane, issue):

@@ -86,10 +86,18 @@ class Issue:
         self._event.hold(self._transport.gpu.caller_stream(self.framework))
 
     def has_ended_well(self) -> bool:
-        """Whether the device has got there, and not because everything was broken off."""
-        if not self._ended_well and self._transport.failure is None and self._event.is_done():
-            # Asked once more, for a failure comes before what it breaks off.
-            self._ended_well = self._transport.failure is None
+        """Whether the device has got there, and not because everything was broken off.
+
+        Raises:
+            TransportError: the device has failed for good.
+        """
+        try:
+            if not self._ended_well and self._transport.failure is None and self._event.is_done():
+                # Asked once more, for a failure comes before what it breaks off.
+                self._ended_well = self._transport.failure is None
+        except RuntimeError as error:  # CUDA tells here what went wrong in any kernel before
+            text = f"expected {self._transport.device} to go on, got {error}"
+            raise self._transport._error(TransportError, self.operation, text) from error
         return self._ended_well
 
     def is_done(self) -> bool:
@@ -225,7 +233,10 @@ class StreamTransport(Transport):
                 self._news.wait_for(lambda: self._in_flight or self._closed)
                 if self._closed:
                     return
-            failure = self._look_once()
+            try:
+                failure = self._look_once()
+            except SparsecollError as error:
+                failure = error
             if failure is not None:
                 self._fail(failure, str(failure))
                 return
@@ -253,6 +264,7 @@ class StreamTransport(Transport):
                 return
             self.failure = failure
             self._news.notify_all()
-        self._break_off()
-        # The buffers stay, as the device may still write to them.
-        self.control.abort(reason)
+        try:
+            self._break_off()
+        finally:  # the others are told in any case; the buffers stay, as the device may still write to them
+            self.control.abort(reason)

@@ -15,6 +15,7 @@ import sparsecoll as sc
 from sparsecoll.collectives.agreement import digest_of
 from sparsecoll.collectives.buffers import buffer_of
 from sparsecoll.collectives.counts import CountExchange
+from sparsecoll.cuda.device import Event
 from sparsecoll.executor import Spot, gather_recipe, run_recipe
 from sparsecoll.transport.local import LocalTransport, LocalWorld
 from sparsecoll.transport.nccl import CupyLibrary, NcclTransport
@@ -355,6 +356,44 @@ def test_counts_come_back_while_the_host_does_something_else() -> None:
         assert group.stats().control_bytes > 0
 
     run_emulated(main, 3)
+
+
+def test_ranks_in_different_layers_meet_in_their_counts() -> None:
+    """Of another number of experts, too: the records have one length."""
+
+    def main(group: sc.Group) -> None:
+        group.reserve_record(64 + 8 * 9)
+        counts = torch.ones(5 if group.rank == 0 else 9, dtype=torch.int64)
+        layer = {"layer": f"layer {group.rank}"}
+        exchange = CountExchange(group, "counts", digest_of(layer), lambda: layer, counts, False)
+        with pytest.raises(sc.CollectiveMismatch, match="equal layer"):
+            exchange.result()
+        loads, _ = CountExchange(group, "counts", digest_of(0), dict, torch.arange(5), False).result()
+        assert loads.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+    run_emulated(main, 3)
+
+
+def test_a_device_that_has_failed_is_a_typed_error_and_closing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA reports the fault of any kernel at the next question; the watcher asks, and so does who waits."""
+
+    def main(group: sc.Group) -> str:
+        device, rows, gate = device_of(group), torch.ones(2, 2), threading.Event()
+        device.fake.current = device.new_stream(0).ptr
+        device.fake.run_on(device.fake.current, lambda: gate.wait(20.0))
+        work = sc.all_to_all(rows, [1, 1], [1, 1], group=group, async_op=True)
+
+        def fail(event: Event) -> bool:
+            raise RuntimeError("cudaErrorIllegalAddress")
+
+        monkeypatch.setattr(Event, "is_done", fail)
+        error = work.exception()
+        gate.set()
+        assert isinstance(error, (sc.TransportError, sc.PeerFailure)), error
+        group.close()
+        return str(error)
+
+    assert any("cudaErrorIllegalAddress" in text for text in run_emulated(main, 2, checked=False))
 
 
 def test_the_emulated_calls_are_calls_of_cupy() -> None:
