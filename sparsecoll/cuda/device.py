@@ -80,7 +80,10 @@ class Lane:
         priority: smaller is sooner, as in CUDA.
         owner: CuPy's stream.
         stream: its handle.
+        is_captured: whether what it was begun for is being captured; see [Note: capture].
     """
+
+    is_captured = False
 
     def __init__(self, device: Device, priority: int) -> None:
         self.priority = priority
@@ -117,7 +120,8 @@ class Lane:
         """Comes after all that is in the stream ``caller``, and after the end of ``before``."""
         self._start.record(caller)
         self._start.hold(self.stream)
-        if before is not None and before is not self and not self._device.is_capturing(caller):
+        self.is_captured = self._device.is_capturing(self.stream)
+        if before is not None and before is not self and not self.is_captured:
             before._end.hold(self.stream)
 
     def end(self) -> None:
@@ -207,7 +211,8 @@ class Device:
         Raises:
             InvalidArgument: the lane is being captured.
         """
-        self._refuse_capture(lane.stream, f"memory for {num_bytes} bytes")
+        if lane.is_captured:
+            raise _refusal(f"memory for {num_bytes} bytes")
         with self._cupy.cuda.Device(self.index), lane.owner:
             owner = self._cupy.cuda.alloc(max(1, num_bytes))
         return Memory(owner.ptr, num_bytes, owner)
@@ -242,7 +247,7 @@ class Device:
 
     def keep_if_captured(self, memory: Memory, lane: Lane) -> None:
         """Keeps ``memory`` for good if a graph is about to know its address; see [Note: capture]."""
-        if self.is_capturing(lane.stream):
+        if lane.is_captured:
             self._captured.add(memory)
 
     @contextmanager
@@ -260,7 +265,8 @@ class Device:
             with self._issuing:
                 lane = self._lanes.get(priority)
                 if lane is None:
-                    self._refuse_capture(caller, f"a stream of priority {priority}")
+                    if self.is_capturing(caller):
+                        raise _refusal(f"a stream of priority {priority}")
                     lane = self._lanes[priority] = Lane(self, priority)
                 lane.begin(caller, self._last)
                 try:
@@ -268,7 +274,7 @@ class Device:
                 finally:
                     lane.end()
                     # What a capture has recorded is no point that anything outside of it could wait for.
-                    self._last = None if self.is_capturing(lane.stream) else lane
+                    self._last = None if lane.is_captured else lane
         finally:
             if callers_device != self.index:
                 self._runtime.setDevice(callers_device)
@@ -278,13 +284,13 @@ class Device:
         """What the lanes keep for operations to come."""
         return sum(lane.staging_bytes for lane in self._lanes.values())
 
-    def _refuse_capture(self, stream: int, what: str) -> None:
-        if self.is_capturing(stream):
-            error = InvalidArgument(
-                f"capture: expected an operation that has run once before with equal sizes, {what} is missing"
-            )
-            error.agreed = True  # type: ignore[attr-defined]  # nothing has moved, so the group stays usable
-            raise error
+
+def _refusal(what: str) -> InvalidArgument:
+    error = InvalidArgument(
+        f"capture: expected an operation that has run once before with equal sizes, {what} is missing"
+    )
+    error.agreed = True  # type: ignore[attr-defined]  # nothing has moved, so the group stays usable
+    return error
 
 
 class _Bytes:

@@ -187,7 +187,7 @@ class StreamTransport(Transport):
             issue = Issue(self, operation, framework)
             yield lane, issue
             issue.close(lane)
-        if not self.gpu.is_capturing(caller):
+        if not lane.is_captured:
             self._watch(issue)
 
     def check(self, operation: Operation) -> None:
