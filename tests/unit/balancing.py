@@ -120,14 +120,13 @@ def check_purity(balancer: Balancer, problem: Problem) -> None:
 
 
 def check_corners(balancer: Balancer) -> None:
-    """Nothing to balance: no loads, one rank, one expert at the only source, no experts, no memory."""
+    """Nothing to balance, or nowhere to: no loads, one rank, no experts, no memory."""
     free = {"copy_assignments": 1e-3, "hidden_copies": 100.0}
     idle = Problem(np.zeros((4, 8), np.int64), Placement.even(8, 4), make_costs(4, **free))
     alone = Problem(np.full((1, 8), 50), Placement.even(8, 1), make_costs(1, **free))
-    at_home = Problem(np.array([[0], [90], [0]]), Placement.of_owners([1], 3), make_costs(3, **free))
     nothing = Problem(np.zeros((3, 0), np.int64), Placement.even(0, 3), make_costs(3, **free))
     crowded = Problem(zipf_loads(4, 8), Placement.even(8, 4), make_costs(4, **free, spare_experts=0))
-    for problem in (idle, alone, at_home, nothing, crowded):
+    for problem in (idle, alone, nothing, crowded):
         assert check_answer(balancer, problem).place == problem.base
         assert (
             check_answer(balancer, problem._replace(costs=replace(problem.costs, hidden_s=0.0))).place == problem.base
