@@ -2,7 +2,9 @@
 
 Legend: ``W`` ranks, ``E`` experts, ``H`` experts that a rank holds, ``N`` assignments of a rank (tokens times top-k),
 ``M`` assignments that a rank receives. Its own assignments are among them: a rank sends to itself as to any other.
-Experts with several holders are *hot*.
+
+Rows of an expert that is gathered are computed with gathered weights on all of its holders; experts that are gathered
+together form a *stack*. All others are computed with their owner's weights.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class RankRoutes:
         recv_counts: ``[W]``, rows from each rank.
         recv_order: ``[M]``, the place in the received rows (grouped by source, then by expert) of the row that is
             computed i-th. Rows are computed grouped by expert, in the order of ``experts``, then by source.
-        experts: ``[H]``, the experts that the rank holds: hot ones ascending, then the others ascending. Weights of hot
-            ones are gathered in this order, and those of the others are the rank's own, so that rows that compute with
+        experts: ``[H]``, the experts that the rank holds: those of stack 0 ascending, those of stack 1, ..., and then
+            those that are not gathered. Weights of a stack are gathered in this order, so that rows that compute with
             one buffer are consecutive.
         expert_counts: ``[H]``, rows of each of them.
-        num_hot: how many of them are hot.
+        stack_sizes: how many of them each stack has; as many numbers on every rank as there are stacks.
     """
 
     send_order: Integers
@@ -44,7 +46,12 @@ class RankRoutes:
     recv_order: Integers
     experts: Integers
     expert_counts: Integers
-    num_hot: int
+    stack_sizes: tuple[int, ...]
+
+    @property
+    def num_hot(self) -> int:
+        """How many of ``experts`` are gathered."""
+        return sum(self.stack_sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +61,20 @@ class Routes:
     Attributes:
         quotas: int64 ``[W, E, W]``: of source s, for expert e, how many assignments rank d computes.
         holders: bool ``[E, W]``; only holders have quotas.
+        stack_of: int64 ``[E]``, the stack that each expert's weights are gathered in; -1 for those of the owner.
     """
 
     quotas: Integers
     holders: NDArray[np.bool_]
+    stack_of: Integers
 
     def of_rank(self, rank: int) -> RankRoutes:
         """The share of one rank; costs O(E * W + N + M)."""
         sent, received = self.quotas[rank], self.quotas[:, :, rank]
-        held, is_hot = self.holders[:, rank], self.holders.sum(axis=1) > 1
-        hot, others = np.flatnonzero(held & is_hot), np.flatnonzero(held & ~is_hot)
-        experts = np.concatenate([hot, others])
+        num_stacks = int(self.stack_of.max(initial=-1)) + 1
+        held = np.flatnonzero(self.holders[:, rank])
+        stacks = np.where(self.stack_of[held] < 0, num_stacks, self.stack_of[held])
+        experts = held[np.argsort(stacks, kind="stable")]
         return RankRoutes(
             send_order=_swap_grouping(sent),
             send_counts=sent.sum(axis=0),
@@ -72,25 +82,41 @@ class Routes:
             recv_order=_swap_grouping(received, experts),
             experts=experts,
             expert_counts=received.sum(axis=0)[experts],
-            num_hot=len(hot),
+            stack_sizes=tuple(np.bincount(stacks, minlength=num_stacks)[:num_stacks].tolist()),
         )
 
 
-def plan_routes(counts: ArrayLike, holders: ArrayLike, owners: ArrayLike, node_of: Sequence[int]) -> Routes:
-    """Sends each token to the nearest holder of its expert, and otherwise to the owner (Hecate, section 4.4).
+def plan_routes(
+    counts: ArrayLike,
+    holders: ArrayLike,
+    owners: ArrayLike,
+    node_of: Sequence[int],
+    quotas: ArrayLike | None = None,
+    stack_of: ArrayLike | None = None,
+) -> Routes:
+    """Sends each token to the nearest holder of its expert: at its source, in the same node, or elsewhere.
 
-    A source that holds the expert keeps its tokens. One that does not spreads them over the holders in its own node,
-    as evenly as integers allow; the holders that take one more are rotated by ``source + expert``, so that small
-    counts do not all land on a node's first holder. Without a holder in the node, the owner takes them all.
+    With ``quotas`` holders take as many as those say. A source first fills its own quota. What it has left over goes to
+    what is left of the quotas in its node, and then to any; sources take turns in ascending order and fill one holder
+    after the other, so that messages are few.
+
+    Without (Hecate, section 4.4), a source that holds the expert keeps its tokens. One that does not spreads them over
+    the holders in its own node, as evenly as integers allow; the holders that take one more are rotated by
+    ``source + expert``, so that small counts do not all land on a node's first holder. Without a holder in the node,
+    the owner takes them all.
 
     Args:
         counts: ``[W, E]``, assignments of each source to each expert.
         holders: bool ``[E, W]``, owners included.
         owners: ``[E]``.
         node_of: ``[W]``, the node of each rank, counted from 0.
+        quotas: ``[E, W]``, how many of each expert's assignments each rank computes.
+        stack_of: ``[E]``, in which stack the expert is gathered, counted from 0, or -1 for one that is not; by default
+            stack 0 has all experts with several holders.
 
     Raises:
-        InvalidArgument: shapes that do not fit together, or a negative count.
+        InvalidArgument: shapes that do not fit together, a negative count, quotas that are not as many as the
+            assignments or go to others than holders, or an expert with several holders that is not gathered.
     """
     load, mask, owner_ranks = np.asarray(counts, np.int64), np.asarray(holders, np.bool_), np.asarray(owners, np.int64)
     nodes = np.asarray(node_of, np.int64)
@@ -102,7 +128,102 @@ def plan_routes(counts: ArrayLike, holders: ArrayLike, owners: ArrayLike, node_o
         )
     if load.size and load.min() < 0:
         raise InvalidArgument(f"plan_routes: expected counts of at least 0, got {load.min()}")
+    stacks = _checked_stacks(stack_of, mask)
+    if quotas is None:
+        return Routes(_to_nearest(load, mask, owner_ranks, nodes), mask, stacks)
+    return Routes(_by_quota(load, _checked_quotas(quotas, load, mask), nodes), mask, stacks)
 
+
+def _checked_stacks(stack_of: ArrayLike | None, mask: NDArray[np.bool_]) -> Integers:
+    is_hot = mask.sum(axis=1) > 1
+    if stack_of is None:
+        return is_hot.astype(np.int64) - 1
+    stacks = np.asarray(stack_of, np.int64)
+    if stacks.shape != is_hot.shape or stacks.min(initial=-1) < -1:
+        raise InvalidArgument(f"plan_routes: expected stack_of [{len(is_hot)}] of at least -1, got {stack_of}")
+    for expert in np.flatnonzero(is_hot & (stacks < 0)):
+        raise InvalidArgument(
+            f"plan_routes: expected a stack for every expert with several holders, got none for expert {expert}"
+        )
+    return stacks
+
+
+def _checked_quotas(quotas: ArrayLike, load: Integers, mask: NDArray[np.bool_]) -> Integers:
+    wanted = np.asarray(quotas, np.int64)
+    if wanted.shape != mask.shape:
+        raise InvalidArgument(f"plan_routes: expected quotas {list(mask.shape)}, got {list(wanted.shape)}")
+    for expert, rank in np.argwhere((wanted < 0) | ((wanted > 0) & ~mask)):
+        raise InvalidArgument(
+            f"plan_routes: expected quotas of at least 0, and only of holders, got {wanted[expert, rank]} of expert "
+            f"{expert} for rank {rank}"
+        )
+    sums, loads = wanted.sum(axis=1), load.sum(axis=0)
+    for expert in np.flatnonzero(sums != loads):
+        raise InvalidArgument(
+            f"plan_routes: expected quotas for the {loads[expert]} assignments to expert {expert}, got {sums[expert]}"
+        )
+    return wanted
+
+
+def _by_quota(load: Integers, wanted: Integers, nodes: Integers) -> Integers:
+    world_size, num_experts = load.shape
+    quotas = np.zeros((world_size, num_experts, world_size), np.int64)
+    stays = np.minimum(load.T, wanted)
+    expert, source = np.nonzero(stays)
+    quotas[source, expert, source] = stays[expert, source]
+
+    # Sources and holders, both by expert, then node, then rank; the first array has what is still to be sent, the
+    # second what is still to be filled.
+    by_node = np.argsort(nodes, kind="stable")
+    sends, takes = (load.T - stays)[:, by_node], (wanted - stays)[:, by_node]
+    from_expert, from_place = np.nonzero(sends)
+    to_expert, to_place = np.nonzero(takes)
+    from_rank, to_rank = by_node[from_place], by_node[to_place]
+    left, room = sends[from_expert, from_place], takes[to_expert, to_place]
+    num_nodes = int(nodes.max(initial=-1)) + 1
+    near = from_expert * num_nodes + nodes[from_rank], to_expert * num_nodes + nodes[to_rank]
+    for from_group, to_group in (near, (from_expert, to_expert)):
+        sender, taker, amounts = _match(left, from_group, room, to_group)
+        # A pair comes at most once in each turn, and never in both: what is left of a node is on one side only.
+        quotas[from_rank[sender], from_expert[sender], to_rank[taker]] = amounts
+        np.subtract.at(left, sender, amounts)
+        np.subtract.at(room, taker, amounts)
+    return quotas
+
+
+def _match(
+    left: Integers, left_group: Integers, room: Integers, room_group: Integers
+) -> tuple[Integers, Integers, Integers]:
+    """Pairs what is left with what has room in the same group, both in their order; ``(left, room, amount)``.
+
+    Groups ascend. Laid end to end, all that is paired is one line that both sides cut, each at its own places.
+    """
+    num_groups = int(max(left_group.max(initial=-1), room_group.max(initial=-1))) + 1
+    paired = np.minimum(_group_sums(left, left_group, num_groups), _group_sums(room, room_group, num_groups))
+    left_ends, room_ends = _ends_on_line(left, left_group, paired), _ends_on_line(room, room_group, paired)
+    cuts = np.union1d(left_ends, room_ends)
+    begins = np.concatenate([np.zeros(1, np.int64), cuts[:-1]]) if len(cuts) else cuts
+    amounts = cuts - begins
+    begins, amounts = begins[amounts > 0], amounts[amounts > 0]
+    # The one that begins or goes on here is the first that ends later.
+    return np.searchsorted(left_ends, begins, "right"), np.searchsorted(room_ends, begins, "right"), amounts
+
+
+def _group_sums(amounts: Integers, group: Integers, num_groups: int) -> Integers:
+    sums = np.zeros(num_groups, np.int64)
+    np.add.at(sums, group, amounts)
+    return sums
+
+
+def _ends_on_line(amounts: Integers, group: Integers, paired: Integers) -> Integers:
+    """Where each ends on the line on which group after group has as much as is paired of it."""
+    before = _group_sums(amounts, group, len(paired))
+    inside = np.cumsum(amounts) - (np.cumsum(before) - before)[group]
+    return (np.cumsum(paired) - paired)[group] + np.minimum(inside, paired[group])
+
+
+def _to_nearest(load: Integers, mask: NDArray[np.bool_], owner_ranks: Integers, nodes: Integers) -> Integers:
+    world_size, num_experts = load.shape
     quotas = np.zeros((world_size, num_experts, world_size), np.int64)
     stays = mask.T
     source, expert = np.nonzero(stays)
@@ -123,7 +244,7 @@ def plan_routes(counts: ArrayLike, holders: ArrayLike, owners: ArrayLike, node_o
     turn = np.arange(len(pair)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     takes_extra = (turn - source[pair] - expert[pair]) % sizes[pair] < extra[pair]
     quotas[source[pair], expert[pair], near.ranks[near.starts[group[pair]] + turn]] = share[pair] + takes_extra
-    return Routes(quotas, mask)
+    return quotas
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Every token is computed once, at the nearest holder; the index arithmetic of all ranks fits together."""
+"""Every token is computed once, at the nearest holder or by quota; the index arithmetic of all ranks fits together."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,18 @@ from sparsecoll.moe.routes import plan_routes
 
 
 class World:
-    """A random problem: counts, holders, owners, nodes."""
+    """A random problem: counts, holders, owners, nodes; with or without quotas, and stacks that are not the default."""
 
-    def __init__(self, world_size: int, num_experts: int, num_nodes: int, density: float, seed: int) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        num_experts: int,
+        num_nodes: int,
+        density: float,
+        seed: int,
+        by_quota: bool = False,
+        num_stacks: int | None = None,
+    ) -> None:
         random = np.random.default_rng(seed)
         self.world_size, self.num_experts = world_size, num_experts
         asked_for = random.random((world_size, num_experts)) < 0.7
@@ -24,21 +35,48 @@ class World:
         self.holders = random.random((num_experts, world_size)) < density
         self.holders[np.arange(num_experts), self.owners] = True
         self.node_of = tuple(random.integers(0, num_nodes, world_size).tolist())
-        self.routes = plan_routes(self.counts, self.holders, self.owners, self.node_of)
+        self.wanted = random_quotas(random, self.counts.sum(axis=0), self.holders) if by_quota else None
+        self.is_hot = self.holders.sum(axis=1) > 1
+        self.stack_of = self.is_hot.astype(int) - 1
+        if num_stacks is not None:
+            # Experts with one holder may be gathered too.
+            self.stack_of = np.where(self.is_hot, 0, -1) + random.integers(0, num_stacks + 1, num_experts)
+        self.routes = plan_routes(
+            self.counts,
+            self.holders,
+            self.owners,
+            self.node_of,
+            self.wanted,
+            None if num_stacks is None else self.stack_of,
+        )
         self.ranks = [self.routes.of_rank(rank) for rank in range(world_size)]
 
 
-worlds = st.builds(
-    World,
-    world_size=st.integers(1, 9),
-    num_experts=st.integers(0, 7),
-    num_nodes=st.integers(1, 4),
-    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
-    seed=st.integers(0, 2**32 - 1),
-)
+def random_quotas(
+    random: np.random.Generator, loads: NDArray[np.int64], holders: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Some holders may get nothing, and some of them everything."""
+    quotas = np.zeros(holders.shape, np.int64)
+    for expert, load in enumerate(loads):
+        share = holders[expert] * random.choice([0.0, 0.1, 1.0], holders.shape[1])
+        share = share if share.any() else holders[expert]
+        quotas[expert] = random.multinomial(load, share / share.sum())
+    return quotas
 
 
-@given(worlds)
+shapes: dict[str, Any] = {
+    "world_size": st.integers(1, 9),
+    "num_experts": st.integers(0, 7),
+    "num_nodes": st.integers(1, 4),
+    "density": st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    "seed": st.integers(0, 2**32 - 1),
+}
+nearest_worlds = st.builds(World, **shapes)
+quota_worlds = st.builds(World, **shapes, by_quota=st.just(True))
+worlds = st.builds(World, **shapes, by_quota=st.booleans(), num_stacks=st.sampled_from([None, 0, 1, 3]))
+
+
+@given(nearest_worlds)
 def test_quotas_go_to_the_nearest_holders(world: World) -> None:
     quotas = world.routes.quotas
     assert quotas.dtype == np.int64 and (quotas >= 0).all()
@@ -53,8 +91,40 @@ def test_quotas_go_to_the_nearest_holders(world: World) -> None:
             assert taken[allowed].max() - taken[allowed].min() <= 1
 
 
+@given(quota_worlds)
+def test_given_quotas_are_filled_exactly_and_from_nearby_first(world: World) -> None:
+    quotas, wanted, size = world.routes.quotas, world.wanted, world.world_size
+    assert wanted is not None
+    assert quotas.dtype == np.int64 and (quotas >= 0).all()
+    np.testing.assert_array_equal(quotas.sum(axis=2), world.counts)
+    np.testing.assert_array_equal(quotas.sum(axis=0), wanted)
+    stays = quotas[np.arange(size), :, np.arange(size)]
+    np.testing.assert_array_equal(stays, np.minimum(world.counts, wanted.T))
+    nodes = np.array(world.node_of)
+    for node in range(max(world.node_of) + 1):
+        there = nodes == node
+        inside = quotas[there][:, :, there].sum(axis=(0, 2))
+        offered, room = world.counts[there].sum(axis=0), wanted[:, there].sum(axis=1)
+        np.testing.assert_array_equal(inside, np.minimum(offered, room))
+
+
+@given(quota_worlds)
+def test_sources_fill_one_holder_after_the_other(world: World) -> None:
+    """Pairs of an expert are fewer than sources and holders together, inside each node and between nodes."""
+    nodes = np.array(world.node_of)
+    for expert in range(world.num_experts):
+        source, holder = np.nonzero(world.routes.quotas[:, expert])
+        is_inside = (nodes[source] == nodes[holder]) & (source != holder)
+        for among in (
+            *(is_inside & (nodes[source] == node) for node in set(world.node_of)),
+            nodes[source] != nodes[holder],
+        ):
+            if among.any():
+                assert among.sum() < len({*source[among]}) + len({*holder[among]})
+
+
 @given(worlds)
-def test_simulated_dispatch_reaches_every_holder_sorted_by_expert_hot_ones_first(world: World) -> None:
+def test_simulated_dispatch_reaches_every_holder_sorted_by_stack_and_expert(world: World) -> None:
     size = world.world_size
     # An assignment is (source, expert, number among the source's assignments, sorted by expert).
     assignments = []
@@ -72,17 +142,19 @@ def test_simulated_dispatch_reaches_every_holder_sorted_by_expert_hot_ones_first
             mailbox[destination].append(part)
 
     computed = []
-    is_hot = world.holders.sum(axis=1) > 1
+    num_stacks = max(world.stack_of, default=-1) + 1
+    turn_of = np.where(world.stack_of < 0, num_stacks, world.stack_of)
     for destination, rank in enumerate(world.ranks):
         assert [len(part) for part in mailbox[destination]] == rank.recv_counts.tolist()
         received = np.concatenate(mailbox[destination])
         assert sorted(rank.recv_order) == list(range(len(received)))
         rows = received[rank.recv_order]
-        keys = [(not is_hot[expert], expert, source, number) for source, expert, number in rows]
+        keys = [(turn_of[expert], expert, source, number) for source, expert, number in rows]
         assert keys == sorted(keys)
         held = np.flatnonzero(world.holders[:, destination]).tolist()
-        assert rank.experts.tolist() == sorted(held, key=lambda expert: (not is_hot[expert], expert))
-        assert rank.num_hot == sum(is_hot[held])
+        assert rank.experts.tolist() == sorted(held, key=lambda expert: (turn_of[expert], expert))
+        assert rank.stack_sizes == tuple(sum(turn_of[held] == stack) for stack in range(num_stacks))
+        assert rank.num_hot == sum(world.stack_of[held] >= 0)
         np.testing.assert_array_equal(rows[:, 1], np.repeat(rank.experts, rank.expert_counts))
         computed.extend(map(tuple, rows))
     assert sorted(computed) == [tuple(row) for source in assignments for row in source]
@@ -113,6 +185,28 @@ def test_the_three_cases_by_hand() -> None:
     routes = plan_routes([[5, 0], [4, 0], [0, 2], [7, 3]], holders, owners=[3, 0], node_of=[0, 0, 0, 1])
     assert routes.quotas[:, 0].tolist() == [[0, 3, 2, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 7]]
     assert routes.quotas[:, 1].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0]]
+
+
+def test_quotas_by_hand() -> None:
+    # Ranks 0 1 on node 0, ranks 2 3 on node 1; one expert, held by 0, 1 and 3.
+    holders = [[True, True, False, True]]
+    routes = plan_routes([[9], [1], [4], [2]], holders, [0], [0, 0, 1, 1], quotas=[[3, 5, 0, 8]])
+    # 3, 1 and 2 stay; node 0 has 6 left over for 4 on rank 1, node 1 has 4 left over for 6 on rank 3; 2 go there.
+    assert routes.quotas[:, 0].tolist() == [[3, 4, 0, 2], [0, 1, 0, 0], [0, 0, 0, 4], [0, 0, 0, 2]]
+
+
+def test_stacks_by_hand() -> None:
+    holders = np.ones((5, 2), bool)
+    holders[1:3, 1] = False
+    routes = plan_routes(np.ones((2, 5), int), holders, [0] * 5, [0, 0], stack_of=[1, 2, -1, 1, 0])
+    assert routes.of_rank(0).experts.tolist() == [4, 0, 3, 1, 2]
+    assert routes.of_rank(0).stack_sizes == (1, 2, 1)
+    assert routes.of_rank(1).experts.tolist() == [4, 0, 3]
+    assert routes.of_rank(1).stack_sizes == (1, 2, 0)
+    by_default = plan_routes(np.ones((2, 5), int), holders, [0] * 5, [0, 0])
+    assert by_default.of_rank(0).experts.tolist() == [0, 3, 4, 1, 2]
+    assert by_default.of_rank(0).stack_sizes == (3,)
+    assert plan_routes([[1]], [[True]], [0], [0]).of_rank(0).stack_sizes == ()
 
 
 def test_extra_tokens_rotate_over_the_holders_of_a_node() -> None:
@@ -149,3 +243,17 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         plan_routes([[1]], [[True, True]], [0], [0, 0])
     with pytest.raises(InvalidArgument, match="at least 0, got -1"):
         plan_routes([[-1]], [[True]], [0], [0])
+    with pytest.raises(InvalidArgument, match=r"expected quotas \[1, 2\], got \[2\]"):
+        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], quotas=[1, 1])
+    with pytest.raises(InvalidArgument, match="quotas for the 2 assignments to expert 0, got 3"):
+        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], quotas=[[1, 2]])
+    with pytest.raises(InvalidArgument, match="only of holders, got 1 of expert 0 for rank 1"):
+        plan_routes([[1], [1]], [[True, False]], [0], [0, 0], quotas=[[1, 1]])
+    with pytest.raises(InvalidArgument, match="at least 0, and only of holders, got -1 of expert 0 for rank 0"):
+        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], quotas=[[-1, 3]])
+    with pytest.raises(InvalidArgument, match=r"expected stack_of \[1\] of at least -1"):
+        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], stack_of=[0, 0])
+    with pytest.raises(InvalidArgument, match=r"expected stack_of \[1\] of at least -1"):
+        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], stack_of=[-2])
+    with pytest.raises(InvalidArgument, match="with several holders, got none for expert 0"):
+        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], stack_of=[-1])
