@@ -2,8 +2,8 @@
 
 Two contestants compute the same layers from the same weights on the same tokens, forward and backward: a model
 wrapped by ``FSSDP(model, balancer="none")``, and expert parallelism as a user would write it with the back end's own
-collectives (an all-to-all of counts, torch's ``all_to_all_single`` or MPI's ``Alltoallv`` of tokens, a loop over local
-experts, ``index_add_``). They take turns iteration by iteration, and gradients are compared in the same run.
+collectives (`bench.rivals`: torch's ``all_to_all_single`` or MPI's ``Alltoallv`` of tokens, a loop over local experts).
+They take turns iteration by iteration, and gradients are compared in the same run.
 """
 
 from __future__ import annotations
@@ -19,116 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 import sparsecoll as sc
 from bench.launch import run_ranks
 from bench.machine import commit, describe
 from bench.report import write_record
+from bench.rivals import HandWrittenLayer, collectives_of, sum_dense_gradients
 from sparsecoll.moe import MoELayer
-
-
-class OverTorch:
-    """torch.distributed's own collectives."""
-
-    def counts(self, counts: Tensor) -> Tensor:
-        """``[W * share]`` to every rank its part, and back theirs."""
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts)
-        return received
-
-    def rows(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Differentiable."""
-        return all_to_all_single_autograd(x, receive, send, dist.group.WORLD)
-
-    def sum(self, grad: Tensor) -> None:
-        dist.all_reduce(grad)
-
-
-class OverMpi:
-    """mpi4py's own collectives."""
-
-    def __init__(self) -> None:
-        from mpi4py import MPI
-
-        self.mpi, self.comm = MPI, MPI.COMM_WORLD
-
-    def counts(self, counts: Tensor) -> Tensor:
-        received = torch.empty_like(counts)
-        self.comm.Alltoall(counts.numpy(), received.numpy())
-        return received
-
-    def rows(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return _MpiRows.apply(x, send, receive, self)
-
-    def sum(self, grad: Tensor) -> None:
-        self.comm.Allreduce(self.mpi.IN_PLACE, grad.numpy())
-
-
-class _MpiRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], over: OverMpi) -> Tensor:
-        ctx.send, ctx.receive, ctx.over = send, receive, over
-        return _alltoallv(x, send, receive, over)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _alltoallv(grad, ctx.receive, ctx.send, ctx.over), None, None, None
-
-
-def _alltoallv(x: Tensor, send: list[int], receive: list[int], over: OverMpi) -> Tensor:
-    out = x.new_empty(sum(receive), x.shape[1])
-    width = x.shape[1]
-    over.comm.Alltoallv(
-        [x.contiguous().numpy(), [rows * width for rows in send], over.mpi.FLOAT],
-        [out.numpy(), [rows * width for rows in receive], over.mpi.FLOAT],
-    )
-    return out
-
-
-class HandWrittenLayer(nn.Module):
-    """Expert parallelism as a user would write it; experts in contiguous shares."""
-
-    def __init__(self, layer: MoELayer, rank: int, world_size: int, over: OverTorch | OverMpi) -> None:
-        super().__init__()
-        self.over = over
-        share = layer.experts.num_experts // world_size
-        mine = slice(rank * share, (rank + 1) * share)
-        self.num_experts, self.share, self.top_k = layer.experts.num_experts, share, layer.router.top_k
-        self.router = nn.Parameter(layer.router.weight.detach().clone())
-        gate_up, down = layer.experts.weights
-        self.gate_up = nn.ParameterList(nn.Parameter(each.clone()) for each in gate_up.detach()[mine])
-        self.down = nn.ParameterList(nn.Parameter(each.clone()) for each in down.detach()[mine])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, D]`` to ``[T, D]``."""
-        weights, experts = F.linear(x, self.router).softmax(-1).topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=self.num_experts)
-        received = self.over.counts(counts)
-        send = counts.view(-1, self.share).sum(1).tolist()
-        receive = received.view(-1, self.share).sum(1).tolist()
-        sent = x[order // self.top_k]
-        arrived = self.over.rows(sent, send, receive)
-        local = torch.arange(self.share).repeat(len(send)).repeat_interleave(received)
-        by_expert = local.argsort(stable=True)
-        parts = []
-        for tokens, w_in, w_out in zip(
-            arrived[by_expert].split(received.view(-1, self.share).sum(0).tolist()),
-            self.gate_up,
-            self.down,
-            strict=True,
-        ):
-            gate, up = F.linear(tokens, w_in).chunk(2, dim=-1)
-            parts.append(F.linear(F.silu(gate) * up, w_out))
-        computed = torch.cat(parts)[by_expert.argsort()]
-        returned = self.over.rows(computed, receive, send)
-        weighted = returned * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros_like(x).index_add_(0, order // self.top_k, weighted)
 
 
 class _Residual(nn.Module):
@@ -146,7 +44,7 @@ def measure(group: sc.Group, options: argparse.Namespace) -> dict[str, Any]:
     """Times both on this group."""
     torch.manual_seed(0)
     layers = [MoELayer(options.width, options.hidden, options.experts, options.top_k) for _ in range(options.layers)]
-    over = OverMpi() if group.backend == "mpi" else OverTorch()
+    over = collectives_of(group)
     by_hand = _Residual([HandWrittenLayer(layer, group.rank, group.world_size, over) for layer in layers])
     ours = sc.FSSDP(_Residual(layers), group=group, balancer="none")
     generator = torch.Generator().manual_seed(group.rank + 1)
@@ -179,10 +77,9 @@ def _step(model: nn.Module, inputs: Tensor, upstream: Tensor, group: sc.Group) -
     model(inputs).backward(upstream)
     if isinstance(model, _Residual) and not isinstance(model, sc.FSSDPModule):
         # What FSSDP's gradient rule gives as well: means over ranks of the dense gradients, 1 / W on the experts'.
-        for name, param in model.named_parameters():
+        sum_dense_gradients(model)
+        for param in model.parameters():
             assert param.grad is not None
-            if name.endswith("router"):
-                next(each.over for each in model.layers).sum(param.grad)
             param.grad /= group.world_size
 
 
