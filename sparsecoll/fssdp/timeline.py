@@ -21,7 +21,7 @@ from torch.profiler import record_function
 
 __all__ = ["Event", "Flight", "Kind", "RecordedStep", "Span", "StepEvents", "Timeline"]
 
-Kind = Literal["wait", "issue", "dispatch", "counts", "compute", "flight"]
+Kind = Literal["wait", "issue", "dispatch", "counts", "compute"]
 
 
 class Event(NamedTuple):
@@ -39,7 +39,7 @@ class Event(NamedTuple):
 
     name: str
     fqn: str
-    kind: Kind
+    kind: str
     begin_ns: int
     end_ns: int
 
@@ -61,7 +61,7 @@ class StepEvents:
     length_ns: int
     events: tuple[Event, ...]
 
-    def of(self, *kinds: Kind) -> list[Event]:
+    def of(self, *kinds: str) -> list[Event]:
         """Those of the given kinds."""
         return [event for event in self.events if event.kind in kinds]
 
@@ -71,7 +71,7 @@ class _Stamped(NamedTuple):
 
     name: str
     fqn: str
-    kind: Kind
+    kind: str
     begin: Any
     end: Any
 
@@ -166,7 +166,7 @@ class Timeline:
             return None
         return RecordedStep(self._number, self._unix_ns, self._begin, end, tuple(self._stamped), self._elapsed_ns)
 
-    def _add(self, name: str, fqn: str, kind: Kind, begin: Any) -> None:
+    def _add(self, name: str, fqn: str, kind: str, begin: Any) -> None:
         end = self._clock()
         if self._begin is not None and begin is not None and end is not None:
             self._stamped.append(_Stamped(name, fqn, kind, begin, end))
