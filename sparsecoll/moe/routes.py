@@ -183,6 +183,8 @@ def _by_quota(load: Integers, wanted: Integers, nodes: Integers) -> Integers:
     num_nodes = int(nodes.max(initial=-1)) + 1
     near = from_expert * num_nodes + nodes[from_rank], to_expert * num_nodes + nodes[to_rank]
     for from_group, to_group in (near, (from_expert, to_expert)):
+        if not left.any():
+            break
         sender, taker, amounts = _match(left, from_group, room, to_group)
         # A pair comes at most once in each turn, and never in both: what is left of a node is on one side only.
         quotas[from_rank[sender], from_expert[sender], to_rank[taker]] = amounts
@@ -199,12 +201,13 @@ def _match(
     Groups ascend. Laid end to end, all that is paired is one line that both sides cut, each at its own places.
     """
     num_groups = int(max(left_group.max(initial=-1), room_group.max(initial=-1))) + 1
-    paired = np.minimum(_group_sums(left, left_group, num_groups), _group_sums(room, room_group, num_groups))
-    left_ends, room_ends = _ends_on_line(left, left_group, paired), _ends_on_line(room, room_group, paired)
-    cuts = np.union1d(left_ends, room_ends)
-    begins = np.concatenate([np.zeros(1, np.int64), cuts[:-1]]) if len(cuts) else cuts
-    amounts = cuts - begins
-    begins, amounts = begins[amounts > 0], amounts[amounts > 0]
+    offered, wanted = _group_sums(left, left_group, num_groups), _group_sums(room, room_group, num_groups)
+    paired = np.minimum(offered, wanted)
+    left_ends = _ends_on_line(left, left_group, offered, paired)
+    room_ends = _ends_on_line(room, room_group, wanted, paired)
+    cuts = np.sort(np.concatenate([left_ends, room_ends]))
+    amounts = np.diff(cuts, prepend=0)
+    begins, amounts = (cuts - amounts)[amounts > 0], amounts[amounts > 0]
     # The one that begins or goes on here is the first that ends later.
     return np.searchsorted(left_ends, begins, "right"), np.searchsorted(room_ends, begins, "right"), amounts
 
@@ -215,10 +218,9 @@ def _group_sums(amounts: Integers, group: Integers, num_groups: int) -> Integers
     return sums
 
 
-def _ends_on_line(amounts: Integers, group: Integers, paired: Integers) -> Integers:
-    """Where each ends on the line on which group after group has as much as is paired of it."""
-    before = _group_sums(amounts, group, len(paired))
-    inside = np.cumsum(amounts) - (np.cumsum(before) - before)[group]
+def _ends_on_line(amounts: Integers, group: Integers, sums: Integers, paired: Integers) -> Integers:
+    """Where each ends on the line on which group after group has ``paired`` of its ``sums``."""
+    inside = np.cumsum(amounts) - (np.cumsum(sums) - sums)[group]
     return (np.cumsum(paired) - paired)[group] + np.minimum(inside, paired[group])
 
 
