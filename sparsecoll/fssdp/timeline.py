@@ -221,5 +221,6 @@ def _stamp_on_stream() -> torch.cuda.Event | None:
 
 
 def _elapsed_on_stream(begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
+    begin.synchronize()
     end.synchronize()
     return round(begin.elapsed_time(end) * 1e6)

@@ -166,6 +166,42 @@ def test_stamps_are_compared_only_when_the_step_is_read() -> None:
     assert read(step).events == (Event("x", "a", "wait", 10, 20),) and read(step).length_ns == 30
 
 
+def test_on_streams_events_are_the_stamps(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    class CudaEvent:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.has_ended = False
+
+        def record(self) -> None:
+            self.ms = clock() / 1e6
+
+        def synchronize(self) -> None:
+            self.has_ended = True
+
+        def elapsed_time(self, end: CudaEvent) -> float:
+            assert self.has_ended and end.has_ended
+            return end.ms - self.ms
+
+    captures = False
+    monkeypatch.setattr("torch.cuda.Event", CudaEvent)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: captures)
+    timeline = Timeline.on_streams()
+    flight = timeline.flight("sparse_all_gather", "a")
+    clock.ns += 10
+    timeline.begin_step()
+    with timeline.span("measured", "a", "wait"):
+        clock.ns += 7
+    flight.end()
+    captures = True
+    with timeline.span("captured", "a", "wait"):
+        clock.ns += 7
+    captures = False
+    assert read(timeline.end_step()).events == (
+        Event("measured", "a", "wait", 0, 7),
+        Event("sparse_all_gather", "a", "flight", -10, 7),
+    )
+
+
 def test_spans_are_ranges_of_the_profiler(timeline: Timeline) -> None:
     with profile() as profiled, timeline.span("dispatch", "blocks.0.moe", "dispatch"):
         pass
