@@ -16,6 +16,8 @@ from sparsecoll.balance.costs import Costs, Loads
 __all__ = ["Problem", "ask", "check_answer", "check_corners", "check_purity", "make_costs", "problems", "zipf_loads"]
 
 _BYTES_PER_S = 2.0**40
+_MIXTURES = [(0.0, 0.0, 1.0), (0.5, 0.3, 0.2), (0.2, 0.8, 0.0), (1.0, 0.0, 0.0)]
+"""How many loads are zero, tie, are large."""
 
 
 class Problem(NamedTuple):
@@ -59,17 +61,13 @@ def make_costs(
 def problems(draw: st.DrawFn, max_ranks: int = 6, max_experts: int = 9, replicas: bool = True) -> Problem:
     """Owners and nodes in any order, loads of which many are zero or tie; with ``replicas`` the base may have some."""
     world_size, num_experts = draw(st.integers(1, max_ranks)), draw(st.integers(1, max_experts))
-    ranks = st.integers(0, world_size - 1)
-    owners = draw(st.lists(ranks, min_size=num_experts, max_size=num_experts))
-    base = Placement.of_owners(owners, world_size)
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    base = Placement.of_owners(random.integers(0, world_size, num_experts), world_size)
     if replicas and draw(st.booleans()):
-        base = base.replicate(draw(st.dictionaries(st.integers(0, num_experts - 1), st.lists(ranks, max_size=3))))
+        base = Placement(base.owners, base.holders | (random.random(base.holders.shape) < 0.2))
+    most = random.choice([1, 4, 10_001], (world_size, num_experts), p=draw(st.sampled_from(_MIXTURES)))
 
-    load = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 10_000))
-    size = world_size * num_experts
-    loads = np.array(draw(st.lists(load, min_size=size, max_size=size)), np.int64).reshape(world_size, num_experts)
-
-    nodes = draw(st.lists(st.integers(0, 2), min_size=world_size, max_size=world_size))
+    nodes = random.integers(0, draw(st.integers(1, 3)), world_size).tolist()
     numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
     costs = make_costs(
         Topology(tuple(numbers[node] for node in nodes)),
@@ -78,7 +76,7 @@ def problems(draw: st.DrawFn, max_ranks: int = 6, max_experts: int = 9, replicas
         hidden_copies=draw(st.sampled_from([0.0, 0.5, 1.0, 2.5, 20.0])),
         spare_experts=draw(st.sampled_from([0, 1, 2, 3, 1 << 30])),
     )
-    return Problem(loads, base, costs)
+    return Problem(random.integers(0, most), base, costs)
 
 
 def ask(balancer: Balancer, problem: Problem) -> Balance:
