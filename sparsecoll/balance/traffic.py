@@ -110,6 +110,8 @@ class Spread:
         leaving, arriving: int64 ``[W, E]``, see `journeys_of`; zero for experts that are everywhere.
         copies: int64 ``[W]``, new replicas on each rank.
         order: the experts copied so far.
+        traffic: what is left.
+        missing: bool ``[E, W]``, who does not hold an expert in the base.
     """
 
     def __init__(self, loads: Loads, base: Placement, costs: Costs) -> None:
@@ -118,7 +120,6 @@ class Spread:
         self.leaving, self.arriving = journeys_of(loads, base, costs.topology.node_of)
         self.copies = np.zeros(base.world_size, np.int64)
         self.order: list[int] = []
-        self._costs = costs
         sent, received = self.leaving.sum(axis=1), self.arriving.sum(axis=1)
         self.traffic = Traffic(loads.sum(axis=1) - sent + received, sent, received)
         self.missing = ~base.holders
