@@ -79,13 +79,14 @@ void bind_combine_backward(Address d_source, Address d_weight, Address d_destina
 NB_MODULE(_native, module) {
     // Objects that a process still holds when it ends are no leak of ours.
     nb::set_leak_warnings(false);
-    module.doc() = "Kernels on addresses, and the planner. They check little: use sparsecoll.native.";
+    module.doc() = "Kernels on addresses, the planner, and the balancers. They check little: use sparsecoll.native.";
     module.def("sum_rows", &bind_sum_rows, without_gil());
     module.def("sort_by_expert", &bind_sort_by_expert, without_gil());
     module.def("permute_rows", &bind_permute_rows, without_gil());
     module.def("combine", &bind_combine, without_gil());
     module.def("combine_backward", &bind_combine_backward, without_gil());
     add_planner(module);
+    add_balancers(module);
 }
 
 }  // namespace sparsecoll

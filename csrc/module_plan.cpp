@@ -1,13 +1,11 @@
 // The planner as Python sees it: arrays come in as such, and are read without the GIL.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
-#include <memory>
 #include <stdexcept>
 #include <string_view>
 #include <tuple>
@@ -23,33 +21,6 @@ namespace nb = nanobind;
 
 namespace sparsecoll {
 namespace {
-
-template <class T, std::size_t Dimensions = 1>
-using Input = nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Output = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
-
-template <class T>
-std::span<const T> span_of(const Input<T>& array) {
-    return {array.data(), array.size()};
-}
-
-// An array that owns what it shows.
-template <class T, class Owner>
-Output<T> array_of(T* data, std::size_t size, Owner&& owner) {
-    using Kept = std::remove_cvref_t<Owner>;
-    auto kept = std::make_unique<Kept>(std::forward<Owner>(owner));
-    nb::capsule capsule(kept.get(), [](void* held) noexcept { delete static_cast<Kept*>(held); });
-    kept.release();
-    return Output<T>(data, {size}, capsule);
-}
-
-template <class T>
-Output<T> array_of(std::vector<T>&& values) {
-    T* data = values.data();
-    const std::size_t size = values.size();
-    return array_of(data, size, std::move(values));
-}
 
 nb::object int_of(plan::Ticks ticks) {
     constexpr int bits = 62;

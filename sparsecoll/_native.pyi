@@ -83,3 +83,13 @@ def divide(
     pool_cost: Sequence[int],
     /,
 ) -> tuple[int, list[list[tuple[int, int]]]]: ...
+def relieve_ranks(
+    loads: NDArray[np.int64], owners: NDArray[np.int32], holders: NDArray[np.bool_], most: int, min_tokens: int, /
+) -> list[tuple[int, int, int, NDArray[np.int64]]]: ...
+def divide_loads(
+    loads: NDArray[np.int64],
+    owners: NDArray[np.int32],
+    holders: NDArray[np.bool_],
+    node_of: NDArray[np.int32],
+    /,
+) -> NDArray[np.int64]: ...

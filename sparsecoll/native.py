@@ -1,10 +1,11 @@
-"""The native kernels and the native planner, typed and checked. The only file that imports ``_native``.
+"""The native kernels, planner and balancers, typed and checked. The only file that imports ``_native``.
 
 To kernels memory comes in by address, since the same ones serve NumPy arrays and tensors of any framework: the caller
 keeps it alive, contiguous, and large enough; addresses need no alignment. Dtypes go by the names that NumPy and torch
 use. Results depend neither on ``num_threads`` nor on the processor.
 
-The planner takes NumPy arrays, which are contiguous; `sparsecoll.plan.compiled` speaks to it in the words of plans.
+The planner and the balancers take NumPy arrays, which are contiguous; `sparsecoll.plan.compiled` speaks to the planner
+in the words of plans.
 
 Everything runs without the GIL.
 
@@ -29,12 +30,14 @@ __all__ = [
     "accumulation_itemsize",
     "combine",
     "combine_backward",
+    "divide_loads",
     "divide_work",
     "draft_transfers",
     "itemsize",
     "links",
     "permute_rows",
     "play_transfers",
+    "relieve_ranks",
     "sort_by_expert",
     "sum_rows",
     "sum_views",
@@ -358,6 +361,45 @@ def divide_work(
         return _native.divide(work, base, allowed, cost, floor, home, pool_of, pool_cost)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"divide_work: {error}") from None
+
+
+def relieve_ranks(
+    loads: NDArray[np.int64], owners: NDArray[np.int32], holders: NDArray[np.bool_], most: int, min_tokens: int
+) -> list[tuple[int, int, int, NDArray[np.int64]]]:
+    """`sparsecoll.balance.relief.relieve_ranks`; the rules stand there, and the fields of its results.
+
+    Args:
+        loads: ``[W, E]``, at least 0.
+        owners, holders: ``[E]`` and ``[E, W]``, sound as those of a Placement.
+
+    Raises:
+        InvalidArgument: arrays that do not fit each other.
+    """
+    try:
+        found = _native.relieve_ranks(loads, owners, holders, most, min_tokens)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"relieve_ranks: {error}") from None
+    return [(level, traffic, copies, moves.reshape(-1, 3)) for level, traffic, copies, moves in found]
+
+
+def divide_loads(
+    loads: NDArray[np.int64], owners: NDArray[np.int32], holders: NDArray[np.bool_], node_of: NDArray[np.int32]
+) -> NDArray[np.int64]:
+    """`sparsecoll.balance.divide.divide_loads`: quotas ``[E, W]``; the rules stand there.
+
+    Args:
+        loads: ``[W, E]``, at least 0.
+        owners, holders: ``[E]`` and ``[E, W]``, sound as those of a Placement.
+        node_of: ``[W]``.
+
+    Raises:
+        InvalidArgument: arrays that do not fit each other.
+    """
+    try:
+        quotas = _native.divide_loads(loads, owners, holders, node_of)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"divide_loads: {error}") from None
+    return quotas.reshape(holders.shape)
 
 
 def _view_address(name: str, view: NDArray[np.uint8]) -> int:
