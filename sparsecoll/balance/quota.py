@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsecoll import native
 from sparsecoll.balance.base import Balance
@@ -61,21 +62,25 @@ class Quota:
         best = times_s.index(min(times_s))
         if times_s[best] > (1 - self.min_gain) * times_s[0]:
             best = 0
-        experts, ranks, amounts = found[best].moves.T
-        place = base
+        place, moves = base, found[best].moves
         if best:
             mask = base.holders.copy()
-            mask[experts, ranks] = True
+            mask[moves[:, 0], moves[:, 1]] = True
             place = Placement(base.owners, mask)
         if len(base.replicated()):
             # Moves start at the owners; what other holders have of their own would travel there and back.
             return Balance(place, divide_loads(loads, place, costs.topology.node_of))
-        at_owner = loads.sum(axis=0)
-        np.subtract.at(at_owner, experts, amounts)
-        quotas = np.zeros(base.holders.shape, np.int64)
-        quotas[np.arange(len(at_owner)), base.owners] = at_owner
-        quotas[experts, ranks] = amounts
-        return Balance(place, quotas)
+        return Balance(place, _quotas_of(loads, base, moves)) if best else Balance(base)
+
+
+def _quotas_of(loads: Loads, base: Placement, moves: NDArray[np.int64]) -> NDArray[np.int64]:
+    experts, ranks, amounts = moves.T
+    at_owner = loads.sum(axis=0)
+    np.subtract.at(at_owner, experts, amounts)
+    quotas = np.zeros(base.holders.shape, np.int64)
+    quotas[np.arange(base.num_chunks), base.owners] = at_owner
+    quotas[experts, ranks] = amounts
+    return quotas
 
 
 def _predicted_s(relief: Relief, costs: Costs) -> float:
