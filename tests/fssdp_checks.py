@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import sparsecoll as sc
-from sparsecoll.balance import Balancer, Busiest, NoReplicas
+from sparsecoll.balance import Balance, Balancer, Costs, Loads, NoReplicas
 from sparsecoll.moe import Capacity, Experts, LocalDispatcher, MoELayer, Routing, auxiliary_loss
 
 __all__ = [
     "BUSY_REPLICAS",
+    "Busiest",
     "Case",
     "DroppingDispatcher",
     "OneProcess",
@@ -50,19 +50,38 @@ __all__ = [
     "train",
 ]
 
-BUSY_REPLICAS = Busiest(most=3, min_gain=0)
+
+@dataclass(frozen=True)
+class Busiest:
+    """The busiest experts on every rank, whether that gains anything or not."""
+
+    most: int
+    exact: bool = False
+
+    def balance(self, loads: Loads, base: sc.Placement, costs: Costs) -> Balance:
+        by_expert = loads.sum(axis=0)
+        chosen = [int(e) for e in np.argsort(-by_expert, kind="stable")[: self.most] if by_expert[e]]
+        return Balance(base.replicate({e: range(base.world_size) for e in chosen}))
+
+
+BUSY_REPLICAS = Busiest(most=3)
 
 
 @dataclass(frozen=True)
 class Scattered:
-    """Replicas of most experts on some ranks each, elsewhere in every iteration, from the first one on."""
+    """Replicas of most experts on some ranks each, elsewhere in every iteration, and quotas of their own if exact."""
 
-    window: int = 2
+    exact: bool = False
 
-    def place(self, history: Sequence[NDArray[np.int64]], base: sc.Placement) -> sc.Placement:
-        turn = sum(int(loads[:, 0].sum()) for loads in history)
-        ranks = range(base.world_size)
-        return base.replicate({e: [r for r in ranks if (e + 2 * r + turn) % 3] for e in range(1, base.num_chunks)})
+    def balance(self, loads: Loads, base: sc.Placement, costs: Costs) -> Balance:
+        turn, ranks = int(loads[:, 0].sum()), range(base.world_size)
+        place = base.replicate({e: [r for r in ranks if (e + 2 * r + turn) % 3] for e in range(1, base.num_chunks)})
+        quotas = np.zeros(place.holders.shape, np.int64)
+        for expert, load in enumerate(loads.sum(axis=0)):
+            held = np.flatnonzero(place.holders[expert])
+            quotas[expert, held] = load // len(held)
+            quotas[expert, held[turn % len(held)]] += load % len(held)
+        return Balance(place, quotas if self.exact else None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class Case:
         twice: whether a forward uses the first MoE layer twice.
         rows_per_expert: fixed capacity, 0 for none.
         replicates: whether most experts have fixed replicas on some ranks each, with a fixed capacity.
+        options: further arguments of `sparsecoll.FSSDP`.
     """
 
     num_experts: int = 5
@@ -92,6 +112,7 @@ class Case:
     rows_per_expert: int = 0
     replicates: bool = False
     balancer: Balancer = BUSY_REPLICAS
+    options: tuple[tuple[str, Any], ...] = ()
     optimizer: str = "sgd"
     dtype: torch.dtype = torch.float64
     dim: int = 6
@@ -258,7 +279,8 @@ class Sharded(Run):
         toy = Toy(case, seed=group.rank)
         if optimizer_first:
             super().__init__(case, toy)
-        sc.FSSDP(toy, group=group, balancer=case.balancer, capacity=capacity_of(case, group.world_size))
+        capacity = capacity_of(case, group.world_size)
+        sc.FSSDP(toy, group=group, balancer=case.balancer, capacity=capacity, **dict(case.options))
         if not optimizer_first:
             super().__init__(case, toy)
         self.group = group
@@ -313,7 +335,9 @@ def _notes_of_one_process(case: Case, script: Script, world_size: int) -> list[t
 def notes_of_one_process(case: Case, script: Script, world_size: int) -> list[tuple[str, Any]]:
     with _one_process_lock:  # threads as ranks share the answer instead of each computing it
         # Where copies go is no concern of one process.
-        return _notes_of_one_process(replace(case, balancer=NoReplicas(), replicates=False), script, world_size)
+        return _notes_of_one_process(
+            replace(case, balancer=NoReplicas(), options=(), replicates=False), script, world_size
+        )
 
 
 def assert_notes_equal(
@@ -374,7 +398,7 @@ def check_capacity(group: sc.Group) -> None:
 
 def check_bytes(group: sc.Group) -> None:
     """Every byte of a step is in a report, and the reports say what plans and routing ask for."""
-    for case in (Case(), Case(balancer=NoReplicas(), top_k=1), Case(balancer=Busiest(most=1, min_gain=0))):
+    for case in (Case(), Case(balancer=NoReplicas(), top_k=1), Case(balancer=Busiest(most=1))):
         run = Sharded(case, group)
         routed = _watch_routing(run.model)
         for step in range(3):

@@ -1,7 +1,33 @@
-"""Balancers: loads of past iterations → Placement of the next. Pure, the same on every rank."""
+"""Balancers: loads → Placement and quotas. Predictors: past loads → loads of the next iteration. Pure, the same on every
+rank."""
 
-from sparsecoll.balance.base import Balancer, find_balancer
-from sparsecoll.balance.busiest import Busiest
+from sparsecoll.balance.base import Balance, Balancer
+from sparsecoll.balance.costs import Costs, Loads
+from sparsecoll.balance.divide import divide_loads
+from sparsecoll.balance.eplb import Eplb
+from sparsecoll.balance.faster_moe import FasterMoE
+from sparsecoll.balance.find import BALANCERS, find_balancer
+from sparsecoll.balance.hecate import Hecate
 from sparsecoll.balance.none import NoReplicas
+from sparsecoll.balance.predict import DecayingLoad, LastLoad, MeanLoad, Predictor, find_predictor
+from sparsecoll.balance.traffic import predicted_s
 
-__all__ = ["Balancer", "Busiest", "NoReplicas", "find_balancer"]
+__all__ = [
+    "BALANCERS",
+    "Balance",
+    "Balancer",
+    "Costs",
+    "DecayingLoad",
+    "Eplb",
+    "FasterMoE",
+    "Hecate",
+    "LastLoad",
+    "Loads",
+    "MeanLoad",
+    "NoReplicas",
+    "Predictor",
+    "divide_loads",
+    "find_balancer",
+    "find_predictor",
+    "predicted_s",
+]

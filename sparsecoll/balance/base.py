@@ -2,57 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsecoll.balance.busiest import Busiest
-from sparsecoll.balance.none import NoReplicas
-from sparsecoll.errors import InvalidArgument
+from sparsecoll.balance.costs import Costs, Loads
 from sparsecoll.placement import Placement
 
-__all__ = ["Balancer", "find_balancer"]
+__all__ = ["Balance", "Balancer"]
 
-_BY_NAME = {"busiest": Busiest, "none": NoReplicas}
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """Where the experts of a layer are computed in a forward.
+
+    Attributes:
+        place: who holds which expert.
+        quotas: int64 ``[E, W]``, how many of each expert's assignments each rank computes; a row sums to the expert's
+            load, and only holders have quotas. None leaves it to the dispatcher, which prefers near holders.
+    """
+
+    place: Placement
+    quotas: NDArray[np.int64] | None = None
 
 
 @runtime_checkable
 class Balancer(Protocol):
-    """Decides which experts get replicas, and where."""
+    """Decides which experts get replicas, where, and how many assignments each holder takes."""
 
     @property
-    def window(self) -> int:
-        """How many past iterations it looks at."""
+    def exact(self) -> bool:
+        """Whether it is asked after the router, with the loads of this very forward; nothing hides its gathers then.
+
+        Otherwise it is asked before, with predicted loads, and its quotas are not used.
+        """
         ...
 
-    def place(self, history: Sequence[NDArray[np.int64]], base: Placement) -> Placement:
-        """The Placement of the next iteration.
+    def balance(self, loads: Loads, base: Placement, costs: Costs) -> Balance:
+        """The answer for one layer and forward.
 
         Must be a pure function of its arguments, for every rank computes it for itself.
 
         Args:
-            history: the loads of the last iterations, oldest first, ``[W, E]`` each: assignments from each source rank
-                to each expert; empty at first.
-            base: owners, and no replicas.
+            loads: ``[W, E]``, predicted or true.
+            base: owners, and the replicas that are there already; the answer has at least these.
+            costs: of the layer.
         """
         ...
-
-
-def find_balancer(balancer: str | Balancer) -> Balancer:
-    """A balancer by name, or the user's own object.
-
-    Raises:
-        InvalidArgument: an unknown name, or an object without ``place`` and ``window``.
-    """
-    if isinstance(balancer, str) and balancer in _BY_NAME:
-        made: Any = _BY_NAME[balancer]()
-        return made
-    if isinstance(balancer, (str, type)) or not isinstance(balancer, Balancer):
-        names = ", ".join(sorted(_BY_NAME))
-        raise InvalidArgument(f"balancer: expected {names} or an object with place and window, got {balancer!r}")
-    window: Any = balancer.window
-    if not isinstance(window, int) or window < 1:
-        raise InvalidArgument(f"balancer: expected a window of at least 1 iteration, got {window!r}")
-    return balancer

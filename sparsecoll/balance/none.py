@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from sparsecoll.balance.base import Balance
+from sparsecoll.balance.costs import Costs, Loads
 from sparsecoll.placement import Placement
 
 __all__ = ["NoReplicas"]
@@ -17,7 +15,8 @@ __all__ = ["NoReplicas"]
 class NoReplicas:
     """No replicas at all: every token travels to its expert's owner."""
 
-    window: int = 1
+    exact: bool = False
 
-    def place(self, history: Sequence[NDArray[np.int64]], base: Placement) -> Placement:
-        return base
+    def balance(self, loads: Loads, base: Placement, costs: Costs) -> Balance:
+        """See `Balancer.balance`."""
+        return Balance(base)

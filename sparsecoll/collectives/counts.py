@@ -7,8 +7,8 @@ the host waits for the copy when it asks for the result, and may issue other wor
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,21 @@ from sparsecoll.group import Group
 from sparsecoll.transport.base import Operation
 from sparsecoll.transport.stream import Buffer, StreamTransport
 
-__all__ = ["CountExchange"]
+__all__ = ["CountExchange", "Counts"]
 
 _HEADER_BYTES = 64
-_FLAG = _HEADER_BYTES - 1
 
-Counts = tuple[NDArray[np.int64], NDArray[np.bool_]]
+
+class Counts(NamedTuple):
+    """What all ranks have told.
+
+    Attributes:
+        loads: int64 ``[W, E]``.
+        numbers: int64 ``[W, N]``.
+    """
+
+    loads: NDArray[np.int64]
+    numbers: NDArray[np.int64]
 
 
 class CountExchange:
@@ -34,7 +43,7 @@ class CountExchange:
         name: of the operation.
         digest, describe, problem: as in `sparsecoll.collectives.agreement.agree`.
         counts: int64 ``[num_experts]`` tensor on the group's device; must not change until `result` has returned.
-        flag: something else that all ranks are to learn.
+        numbers: others that all ranks are to learn, equally many on each and known to the host.
     """
 
     def __init__(
@@ -44,24 +53,26 @@ class CountExchange:
         digest: bytes,
         describe: Callable[[], Description],
         counts: Any,
-        flag: bool,
+        numbers: Sequence[int],
         problem: Exception | None = None,
     ) -> None:
         self._group = group
         self._operation = group.operation(name)
         self._agreed = digest, describe, problem
-        self._counts, self._flag = counts.contiguous(), flag
+        self._counts, self._numbers = counts.contiguous(), np.array(numbers, "<i8")
         self._on_device: _DeviceExchange | None = None
         if isinstance(group.transport, StreamTransport):
             transport = group.transport
-            begin = header(self._operation, digest, problem, self._counts.nbytes).ljust(_FLAG, b"\0") + bytes([flag])
+            told_bytes = self._counts.nbytes + self._numbers.nbytes
+            begin = header(self._operation, digest, problem, told_bytes).ljust(_HEADER_BYTES, b"\0")
+            begin += self._numbers.tobytes()
             self._on_device = group.run(
                 self._operation,
                 lambda: _DeviceExchange(transport, self._operation, begin, self._counts, group.record_bytes),
             )
 
     def result(self) -> Counts:
-        """The counts ``[world_size, num_experts]`` and flags ``[world_size]`` of all ranks.
+        """What all ranks have told.
 
         Raises:
             InvalidArgument, CollectiveMismatch: as `agree` does; on all ranks.
@@ -71,18 +82,23 @@ class CountExchange:
 
     def _on_host(self) -> Counts:
         digest, describe, problem = self._agreed
-        payload = np.array([*self._counts.tolist(), self._flag], "<i8").tobytes()
+        payload = self._numbers.tobytes() + np.array(self._counts.tolist(), "<i8").tobytes()
         payloads = agree(self._group, self._operation, digest, describe, problem=problem, payload=payload)
-        exchanged = np.array([np.frombuffer(each, "<i8") for each in payloads]).astype(np.int64)
-        return exchanged[:, :-1], exchanged[:, -1] != 0
+        return self._read(np.array([np.frombuffer(each, np.uint8) for each in payloads]))
 
     def _from_device(self) -> Counts:
         assert self._on_device is not None
         _, describe, problem = self._agreed
         records = self._on_device.result()
         check_headers(self._group, self._operation, [each.tobytes() for each in records], describe, problem)
-        end = _HEADER_BYTES + self._counts.nbytes
-        return records[:, _HEADER_BYTES:end].copy().view(np.int64), records[:, _FLAG] != 0
+        return self._read(records[:, _HEADER_BYTES:])
+
+    def _read(self, payloads: NDArray[np.uint8]) -> Counts:
+        begin, end = self._numbers.nbytes, self._numbers.nbytes + self._counts.nbytes
+        numbers, loads = (
+            np.ascontiguousarray(part).view("<i8") for part in (payloads[:, :begin], payloads[:, begin:end])
+        )
+        return Counts(loads.astype(np.int64), numbers.astype(np.int64))
 
 
 class _DeviceExchange:

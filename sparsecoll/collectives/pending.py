@@ -9,14 +9,25 @@ issues everything, and the second lets the caller's stream wait.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
-from sparsecoll.collectives.call import Call, finish
+from sparsecoll.collectives.call import CallSteps, finish
 from sparsecoll.group import Group
-from sparsecoll.transport.base import Counters
+from sparsecoll.transport.base import Counters, Operation
 from sparsecoll.work import Work
 
 __all__ = ["Pending"]
+
+
+class Steps(Protocol):
+    """A collective as steps; `sparsecoll.collectives.call.Call` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def steps(
+        self, group: Group, operation: Operation, value: Any, out: Any, *, detached: bool = False
+    ) -> CallSteps: ...
 
 
 class Pending:
@@ -26,7 +37,7 @@ class Pending:
         moved: what the call has sent and received so far.
     """
 
-    def __init__(self, call: Call, value: Any, out: Any, group: Group) -> None:
+    def __init__(self, call: Steps, value: Any, out: Any, group: Group) -> None:
         self._group = group
         self._operation = group.operation(call.name)
         self._steps = call.steps(group, self._operation, value, out, detached=True)

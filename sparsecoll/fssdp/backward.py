@@ -7,6 +7,7 @@ the very end of the engine's run waits for what is in flight and adds it to ``.g
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,27 +18,22 @@ from torch.autograd import Variable
 from torch.profiler import record_function
 
 from sparsecoll.collectives.agreement import agree, digest_of
-from sparsecoll.collectives.call import Call
-from sparsecoll.collectives.pending import Pending
 from sparsecoll.fssdp.dense import mean_over_ranks
-from sparsecoll.fssdp.layer import Materialized, ShardedLayer, is_recomputing
+from sparsecoll.fssdp.layer import Forward, ShardedLayer, is_recomputing
+from sparsecoll.fssdp.pool import Lease, Stack
 from sparsecoll.fssdp.prefetch import PrefetchOrder
+from sparsecoll.fssdp.replicas import Reduction, Replicas
 from sparsecoll.group import Group
-from sparsecoll.transport.base import Counters, Operation
+from sparsecoll.transport.base import Operation
 
 __all__ = ["Backward"]
 
 
-class _Reduction(NamedTuple):
-    """Gradients under way.
-
-    Attributes:
-        stream: on which ``owned`` were written; None on a CPU.
-    """
+class _Gradients(NamedTuple):
+    """Gradients of a layer's stored rows, complete on ``stream``; None on a CPU."""
 
     layer: ShardedLayer
-    owned: tuple[Tensor, ...]
-    pending: Pending | None
+    owned: Stack
     stream: torch.cuda.Stream | None
 
 
@@ -62,7 +58,9 @@ class Backward:
         self._group = group
         self._dense = list(dense)
         self._order = order
-        self._reductions: list[_Reduction] = []
+        self._reductions: deque[tuple[ShardedLayer, Reduction]] = deque()
+        self._gradients: list[_Gradients] = []
+        self._gathered_again: Replicas | None = None
         self._queued = False
         self._watched: set[int] = set()
 
@@ -76,43 +74,51 @@ class Backward:
                 self._watched.add(number)
                 param.register_post_accumulate_grad_hook(lambda _: self._queue())
 
-    def after_layer(self, layer: ShardedLayer) -> None:
+    def after_forward(self, layer: ShardedLayer, forward: Forward, *, has_graph: bool) -> None:
         """A layer's forward has ended: the next one's replicas can travel under the dense work before it."""
-        if not is_recomputing():
-            self._order.used(layer)
+        if is_recomputing():
+            return
+        releases = has_graph and forward.rematerializes
+        is_last = self._order.used(layer, forward.replicas if releases else None)
+        if not has_graph or (releases and not is_last):
+            forward.replicas.release()
+        layer.shared.dense_begin = layer.meter.stamp()
 
-    def reduce(
-        self,
-        layer: ShardedLayer,
-        materialized: Materialized,
-        owned: tuple[Tensor, ...],
-        replicas: tuple[Tensor, ...],
-    ) -> None:
-        """Takes the gradients of one backward of a layer and starts bringing those of replicas to their owners.
+    def before_experts(self, forward: Forward) -> None:
+        """A layer's expert gradients are about to be computed: makes room for them.
+
+        Reductions hide behind the dense backward between two layers. When that is over, those of the layer before are
+        waited for where memory is short, and else those of the layer before that.
+        """
+        self._settle(0 if forward.rematerializes else 1)
+
+    def after_experts(self, forward: Forward) -> None:
+        """A layer's experts have no more use for their replicas; those of the next one, if released, are gathered."""
+        self._queue()
+        forward.replicas.release()
+        following = self._order.before(forward.replicas)
+        if following is not None and not following.are_present:
+            self._gathered_again = following
+            following.start()
+
+    def reduce(self, layer: ShardedLayer, forward: Forward, owned: Stack, replicas: Sequence[Lease]) -> None:
+        """Takes the gradients of one backward of a layer and starts bringing those of replicas home.
 
         Args:
-            owned: ``[num_owned, ...]``, written except for hot experts.
-            replicas: ``[num_held_hot, ...]``, this rank's contributions to hot experts.
+            owned: of the stored rows.
+            replicas: of the gathered rows, this rank's contributions.
         """
-        self._queue()
-        pending = None
-        if materialized.hot:
-            with record_function(f"FSSDP::sparse_reduce_scatter ({layer.fqn})"):
-                # The exchange of counts in forward has made sure that all ranks have this very Placement.
-                call = Call(
-                    "sparse_reduce_scatter",
-                    materialized.place,
-                    materialized.hot,
-                    materialized.plan,
-                    "auto",
-                    mean=False,
-                    trusted=True,
-                )
-                pending = Pending(call, replicas, owned, self._group)
-        else:
-            layer.load.reduced = Counters()
-        stream = torch.cuda.current_stream(owned[0].device) if owned[0].is_cuda else None
-        self._reductions.append(_Reduction(layer, owned, pending, stream))
+        # Exchanges in forward have made sure that all ranks have these very Plans.
+        self._reductions.append((layer, forward.replicas.reduce(owned, replicas)))
+
+    def _settle(self, num_left: int) -> None:
+        """Waits for the oldest reductions."""
+        while len(self._reductions) > num_left:
+            layer, reduction = self._reductions.popleft()
+            owned = reduction.finish()
+            layer.load.reduced = reduction.moved
+            stream = torch.cuda.current_stream(owned[0].device) if owned[0].is_cuda else None
+            self._gradients.append(_Gradients(layer, owned, stream))
 
     def _queue(self) -> None:
         if not self._queued:
@@ -122,14 +128,14 @@ class Backward:
     @torch.no_grad()
     def _finish(self) -> None:
         self._queued = False
-        reductions, self._reductions = self._reductions, []
-        for layer, owned, pending, stream in reductions:
+        self._settle(0)
+        if self._gathered_again is not None:  # for a layer that had no backward after all
+            self._gathered_again.release()
+            self._gathered_again = None
+        gradients, self._gradients = self._gradients, []
+        for layer, owned, stream in gradients:
             if stream is not None:
                 _hand_over(owned, stream)
-            if pending is not None:
-                with record_function(f"FSSDP::wait_for_sparse_reduce_scatter ({layer.fqn})"):
-                    pending.result()
-                layer.load.reduced = pending.moved
             for weight, grad in zip(layer.experts, owned, strict=True):
                 if weight.requires_grad:
                     _accumulate(weight, grad)

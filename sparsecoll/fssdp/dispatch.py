@@ -48,20 +48,20 @@ class LoadDispatcher:
         requires_grad = tokens.requires_grad and torch.is_grad_enabled()
         exchange = layer.start_counts(counts, requires_grad)
         beside = None if meanwhile is None else meanwhile()
-        loads, any_requires_grad = layer.finish_counts(exchange)
+        loads, any_requires_grad, forward = layer.finish_counts(exchange)
         if any_requires_grad and not requires_grad:
             # A rank without tokens of its own has no graph behind them, yet must take part in all of backward.
             tokens = tokens.detach().requires_grad_()
 
-        place = layer.prefetch()
-        routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
+        place = forward.place
+        routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of, forward.quotas)
         _report(layer, routes)
         layer.load.tokens = loads.sum(axis=0).tolist()
-        mine = LocalRoutes.of(routes.of_rank(group.rank), experts.owned, tokens.device)
+        mine = LocalRoutes.of(routes, layer, forward.replicas.experts, tokens.device)
         sent = order[mine.send_order]
         position = inverse_permutation(sent).view_as(routing.expert_ids)
         sending = Sending(sent.div(top_k, rounding_mode="floor"), position, is_permutation=True)
-        out = travel(layer, self._backward, tokens, routing.weights, sending, mine)
+        out = travel(layer, self._backward, forward, tokens, routing.weights, sending, mine)
         return out if beside is None else out + beside
 
 
@@ -80,7 +80,7 @@ class FixedDispatcher:
         loads = np.full((group.world_size, place.num_chunks), rows_per_expert, np.int64)
         routes = plan_routes(loads, place.holders, place.owners, group.topology.node_of)
         _report(layer, routes)
-        self._routes = LocalRoutes.of(routes.of_rank(group.rank), layer.layer.experts.owned, layer.experts[0].device)
+        self._routes = LocalRoutes.of(routes, layer, layer.gathered_here(place), layer.experts[0].device)
         # The last entry is what slot -1 finds.
         place_of_slot = inverse_permutation(self._routes.send_order)
         self._place_of_slot = torch.cat([place_of_slot, place_of_slot.new_full((1,), -1)])
@@ -89,7 +89,7 @@ class FixedDispatcher:
         self, tokens: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], Tensor] | None = None
     ) -> Tensor:
         layer, top_k = self._layer, routing.expert_ids.shape[1]
-        layer.prefetch()  # where the layer before did not, as in the first forward
+        forward = layer.fixed_forward()
         if torch.is_grad_enabled() and not tokens.requires_grad:
             # Ranks do not ask each other whose tokens require a gradient, so all of them record the same graph.
             tokens = tokens.detach().requires_grad_()
@@ -99,7 +99,7 @@ class FixedDispatcher:
         sending = Sending(token, self._place_of_slot[slots.slot], is_permutation=False)
         layer.load.dispatch_bytes, layer.load.chosen = 0, counts
         beside = None if meanwhile is None else meanwhile()
-        out = travel(layer, self._backward, tokens, routing.weights, sending, self._routes)
+        out = travel(layer, self._backward, forward, tokens, routing.weights, sending, self._routes)
         return out if beside is None else out + beside
 
 

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sparsecoll.balance import Balancer, find_balancer
-from sparsecoll.collectives import sparse_all_gather
+from sparsecoll.balance import Balancer, Costs, Predictor
 from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.errors import CollectiveMismatch, InvalidArgument
 from sparsecoll.fssdp.backward import Backward
 from sparsecoll.fssdp.dense import broadcast, gather_from_ranks
 from sparsecoll.fssdp.dispatch import FixedDispatcher, LoadDispatcher
-from sparsecoll.fssdp.layer import ShardedLayer
+from sparsecoll.fssdp.layer import ShardedLayer, Shared, is_recomputing
+from sparsecoll.fssdp.measure import bytes_per_s, room_bytes
+from sparsecoll.fssdp.policy import Policy, Rematerialize, Sharding, Spread
+from sparsecoll.fssdp.pool import ReplicaPool
 from sparsecoll.fssdp.prefetch import PrefetchOrder
-from sparsecoll.fssdp.reports import LayerLoad, MemoryReport, ReplicaMemory, memory_report
+from sparsecoll.fssdp.reports import LayerLoad, MemoryReport, memory_report
+from sparsecoll.fssdp.shard import shard_experts
+from sparsecoll.fssdp.timeline import Timeline
 from sparsecoll.group import Group, resolve_group
 from sparsecoll.moe import Capacity, MoELayer
-from sparsecoll.moe.experts import Row, rows_of
 from sparsecoll.placement import Placement
 from sparsecoll.plan import Plan
 
@@ -38,7 +40,13 @@ def FSSDP(
     module: nn.Module,
     *,
     group: Any = None,
-    balancer: str | Balancer = "busiest",
+    balancer: str | Balancer = "hecate",
+    predictor: str | Predictor = "mean",
+    calibrate: bool = False,
+    spread: Spread = "nearest",
+    rematerialize: Rematerialize = False,
+    sharding: Sharding = "owners",
+    costs: Mapping[str, Costs] | None = None,
     capacity: Capacity | None = None,
 ) -> FSSDPModule:
     """Applies fully sharded sparse data parallelism to ``module``, in place (Hecate, sections 3 and 4).
@@ -69,8 +77,23 @@ def FSSDP(
         module: holds at least one `MoELayer`, and is called as a whole for a forward. Its parameters and buffers are
             on the group's device.
         group: a Group, torch ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator; None is the default.
-        balancer: ``busiest``, ``none`` (plain expert parallelism), or an object with `Balancer`'s interface. It is not
-            asked where there is a ``capacity``, for nobody could tell it the loads.
+        balancer: decides where experts get replicas: one of `sparsecoll.balance.BALANCERS` (``none`` is plain expert
+            parallelism), or an object with `Balancer`'s interface. It is not asked where there is a ``capacity``, for
+            nobody could tell it the loads.
+        predictor: of the loads that a balancer is asked with before the router: ``mean`` of the last five iterations,
+            ``last``, ``decaying``, or an object with `Predictor`'s interface.
+        calibrate: ask the balancer again after the router, with true loads and the memory that is left, and gather
+            replicas of further experts if they save more time than that takes (Hecate, section 4.2). Not with slices.
+        spread: how the tokens of an expert are shared among its holders where the balancer leaves it open: ``nearest``
+            (at their source, else evenly over the holders in its node, else at the owner; Hecate, section 4.4), or
+            ``quota`` (so that the busiest rank has as little as the replicas allow, near holders first).
+        rematerialize: release replicas after a layer's forward and gather them again for its backward, which hides
+            behind the backward of the dense layers between; ``auto`` does so where not all replicas of a step fit into
+            half of the free memory.
+        sharding: ``owners`` store whole experts; with ``slices`` every expert is cut evenly over all ranks and all
+            experts are gathered in each step, as in LAER-MoE's FSEP.
+        costs: by the layer's name; what is not given is measured in training, so that Placements, and with them the
+            order of summation, may differ from run to run. `FSSDPModule.costs` gives those in use.
         capacity: None for routes that follow the loads of each forward and drop nothing.
 
     Returns:
@@ -82,16 +105,24 @@ def FSSDP(
         CollectiveMismatch: models or capacities differ between ranks.
     """
     resolved = resolve_group(group)
-    agreed = _agree_on_structure(module, balancer, capacity, resolved)
-    memory, order = ReplicaMemory(), PrefetchOrder()
-    resolved.reserve_record(64 + 8 * max(each.experts.num_experts for each in agreed.layers.values()))
+    choices = balancer, predictor, calibrate, spread, rematerialize, sharding, costs
+    agreed = _agree_on_structure(module, choices, capacity, resolved)
+    order, layers = PrefetchOrder(), agreed.layers
+    resolved.reserve_record(64 + 8 * (5 + max(each.experts.num_experts for each in layers.values())))
     with torch.no_grad():
         broadcast([*module.parameters(), *module.buffers()], resolved)
-    sharded = {}
-    for name, each in agreed.layers.items():
-        decides = agreed.balancer if capacity is None else _Always(agreed.places[name])
-        sharded[name] = ShardedLayer(name, each, resolved, agreed.bases[name], decides, memory)
-        _shard_experts(sharded[name])
+    device = torch.device(resolved.device)
+    shared = Shared(
+        group=resolved,
+        policy=agreed.policy,
+        pool=ReplicaPool(device),
+        timeline=Timeline.on_streams() if device.type == "cuda" else Timeline(),
+        num_layers=len(layers),
+        bytes_per_s=bytes_per_s(resolved, max(_expert_bytes(each) for each in layers.values())),
+    )
+    sharded = {name: ShardedLayer(name, each, agreed.bases[name], shared) for name, each in layers.items()}
+    for layer in sharded.values():
+        shard_experts(layer)
     experts = {id(weight) for layer in sharded.values() for weight in layer.experts}
     dense = [param for param in module.parameters() if id(param) not in experts]
     backward = Backward(resolved, dense, order, averages_missing=capacity is not None)
@@ -99,31 +130,16 @@ def FSSDP(
         layer.layer.dispatcher = (
             LoadDispatcher(layer, backward)
             if capacity is None
-            else FixedDispatcher(layer, backward, agreed.places[name], capacity.rows_per_expert)
+            else FixedDispatcher(layer, backward, agreed.policy.fixed[name], capacity.rows_per_expert)
         )
-
-    def before_forward(*_: Any) -> None:
-        backward.watch()
-        order.begin()
-
-    module.register_forward_pre_hook(before_forward)
+    state = _State(shared, sharded, dense, backward, order)
+    module.register_forward_pre_hook(lambda *_: state.before_forward())
     module.__class__ = type(f"FSSDP{type(module).__name__}", (FSSDPModule, type(module)), {})
     assert isinstance(module, FSSDPModule)
-    module._fssdp = _State(resolved, sharded, dense, backward, memory)
+    module._fssdp = state
     if resolved.rank == 0:
         _log.info("FSSDP: %d MoE layers on %s: %s", len(sharded), resolved, ", ".join(sharded))
     return module
-
-
-@dataclass(frozen=True)
-class _Always:
-    """The balancer of a fixed capacity."""
-
-    answer: Placement
-    window: int = 1
-
-    def place(self, history: Sequence[NDArray[np.int64]], base: Placement) -> Placement:
-        return self.answer
 
 
 class _State:
@@ -131,17 +147,31 @@ class _State:
 
     def __init__(
         self,
-        group: Group,
+        shared: Shared,
         layers: dict[str, ShardedLayer],
         dense: list[nn.Parameter],
         backward: Backward,
-        memory: ReplicaMemory,
+        order: PrefetchOrder,
     ) -> None:
-        self.group = group
+        self.shared = shared
+        self.group = shared.group
         self.layers = layers
         self.dense = dense
         self.backward = backward
-        self.memory = memory
+        self.order = order
+
+    def before_forward(self) -> None:
+        """A forward of the whole model starts, or one that activation checkpointing runs again."""
+        shared = self.shared
+        if is_recomputing():
+            return
+        self.backward.watch()
+        if shared.policy.needs_room:
+            ranks_on_node = np.bincount(self.group.topology.node_of)[self.group.topology.node_of[self.group.rank]]
+            room = room_bytes(torch.device(self.group.device), int(ranks_on_node))
+            shared.room_bytes = room + shared.pool.free_bytes
+        self.order.begin()
+        shared.dense_begin = next(iter(self.layers.values())).meter.stamp()
 
 
 class FSSDPModule(nn.Module):
@@ -216,7 +246,7 @@ class FSSDPModule(nn.Module):
 
     def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
         """Bytes in this rank's memory, with those of ``optimizer``'s state if it is given."""
-        return memory_report(self, self._fssdp.memory, optimizer, self._fssdp.group.staging_bytes)
+        return memory_report(self, self._fssdp.shared.pool, optimizer, self._fssdp.group.staging_bytes)
 
     def last_plan(self, layer: str | MoELayer) -> Plan | None:
         """The plan of a layer's last sparse all-gather, or None if it had no replicas yet.
@@ -237,26 +267,28 @@ class FSSDPModule(nn.Module):
 
 
 class _Agreed(NamedTuple):
-    """What all ranks have found alike; Placements by the layer's name, before and after replication."""
+    """What all ranks have found alike; by the layer's name, with owners and no replicas."""
 
-    balancer: Balancer
+    policy: Policy
     layers: dict[str, MoELayer]
     bases: dict[str, Placement]
-    places: dict[str, Placement]
 
 
 def _agree_on_structure(
-    module: nn.Module, balancer: str | Balancer, capacity: Capacity | None, group: Group
+    module: nn.Module, choices: tuple[Any, ...], capacity: Capacity | None, group: Group
 ) -> _Agreed:
     """Finds the layers and what decides about them; a refusal on one rank, or any difference, raises on all."""
     layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
     bases = {name: Placement.even(each.experts.num_experts, group.world_size) for name, each in layers.items()}
-    places: dict[str, Placement] = {}
+    places = bases
     problem: Exception | None = None
     try:
-        chosen = find_balancer(balancer)
+        policy = Policy.of(*choices)
         _check(module, torch.device(group.device))
-        places = bases if capacity is None else capacity.placements(bases)
+        _check_choices(policy, capacity, layers, group.world_size)
+        if capacity is not None:
+            places = capacity.placements(bases)
+            policy = replace(policy, fixed=places)
     except InvalidArgument as error:
         problem = InvalidArgument(f"FSSDP: {error} {group.place_of_error}")
     structure = {
@@ -268,8 +300,7 @@ def _agree_on_structure(
             [name, each.experts.num_experts, each.router.top_k, each.experts.activation.name]
             for name, each in layers.items()
         ],
-        # Balancers that are no dataclasses have addresses in their names.
-        "balancer": repr(balancer) if is_dataclass(balancer) or isinstance(balancer, str) else str(type(balancer)),
+        "choices": [_named(each) for each in choices],
         "rows_per_expert": None if capacity is None else capacity.rows_per_expert,
         "replicas": [[name, [np.flatnonzero(row).tolist() for row in each.holders]] for name, each in places.items()],
     }
@@ -277,7 +308,15 @@ def _agree_on_structure(
     group.run(
         operation, lambda: agree(group, operation, digest_of("FSSDP", structure), lambda: structure, problem=problem)
     )
-    return _Agreed(chosen, layers, bases, places)
+    return _Agreed(policy, layers, bases)
+
+
+def _named(choice: Any) -> str:
+    """Of objects that are no dataclasses the type, for their names may have addresses in them."""
+    if isinstance(choice, dict):
+        return str({name: _named(each) for name, each in sorted(choice.items())})
+    is_plain = choice is None or isinstance(choice, (str, bool)) or is_dataclass(choice)
+    return repr(choice) if is_plain else str(type(choice))
 
 
 def _check(module: nn.Module, device: torch.device) -> None:
@@ -297,21 +336,26 @@ def _check(module: nn.Module, device: torch.device) -> None:
             )
 
 
-def _shard_experts(layer: ShardedLayer) -> None:
-    """Cuts the parameters down to the owned rows and makes the state dict whole again on demand."""
-    experts, group = layer.layer.experts, layer.group
-    owned = layer.base.owned_by(group.rank).tolist()
-    for weight in experts.weights:
-        weight.data = weight.data[owned].clone()
-        weight.grad = None
-    experts.owned = owned
-    everywhere = layer.base.replicate(dict.fromkeys(range(experts.num_experts), range(group.world_size)))
+def _check_choices(policy: Policy, capacity: Capacity | None, layers: Mapping[str, MoELayer], world_size: int) -> None:
+    unknown = [name for name in policy.costs if name not in layers]
+    if unknown:
+        raise InvalidArgument(f"costs: expected names of MoE layers ({', '.join(layers)}), got {', '.join(unknown)}")
+    if policy.sharding == "slices":
+        if policy.calibrate:
+            raise InvalidArgument("calibrate: expected False with slices, whose experts are all gathered, got True")
+        for name, layer in layers.items():
+            for weight in layer.experts.weights:
+                if weight.shape[1] % world_size:
+                    raise InvalidArgument(
+                        f"sharding: expected matrices whose rows {world_size} ranks can share evenly, got "
+                        f"{list(weight.shape[1:])} in {name}"
+                    )
+    if capacity is not None and policy.rematerialize == "auto":
+        raise InvalidArgument("rematerialize: expected True or False with a capacity, got 'auto'")
 
-    def gather_rows() -> dict[int, Row]:
-        shard = tuple(weight.detach() for weight in experts.weights)
-        return dict(enumerate(rows_of(sparse_all_gather(shard, everywhere, group=group))))
 
-    experts.gather_rows = gather_rows
+def _expert_bytes(layer: MoELayer) -> int:
+    return sum(each.nbytes // each.shape[0] for each in layer.experts.weights)
 
 
 def _power_sum(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsecoll.fssdp.pool import ReplicaPool
 from sparsecoll.transport.base import Counters
 
-__all__ = ["LayerLoad", "MemoryReport", "ReplicaMemory", "memory_report"]
+__all__ = ["LayerLoad", "MemoryReport", "memory_report"]
 
 
 @dataclass
@@ -85,8 +85,9 @@ class MemoryReport:
 
     Attributes:
         param_bytes: parameters as sharded.
-        replica_bytes: materialized rows that are alive now.
-        peak_param_bytes: the most that parameters and replicas have taken together.
+        replica_bytes: materialized rows, and their gradients on the way, that are alive now.
+        peak_param_bytes: the most that parameters and those have taken together.
+        pool_bytes: what they are lent from, with what is kept for the next ones.
         grad_bytes: gradients.
         optimizer_bytes: tensors in the optimizer's state.
         staging_bytes: buffers that the collectives keep.
@@ -95,30 +96,14 @@ class MemoryReport:
     param_bytes: int
     replica_bytes: int
     peak_param_bytes: int
+    pool_bytes: int
     grad_bytes: int
     optimizer_bytes: int
     staging_bytes: int
 
 
-class ReplicaMemory:
-    """Counts the materialized rows that are alive, by their tensors' lifetimes."""
-
-    def __init__(self) -> None:
-        self.alive_bytes = 0
-        self.peak_bytes = 0
-
-    def track(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            self.alive_bytes += tensor.nbytes
-            weakref.finalize(tensor, self._release, tensor.nbytes)
-        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
-
-    def _release(self, num_bytes: int) -> None:
-        self.alive_bytes -= num_bytes
-
-
 def memory_report(
-    module: nn.Module, replicas: ReplicaMemory, optimizer: torch.optim.Optimizer | None, staging_bytes: int
+    module: nn.Module, pool: ReplicaPool, optimizer: torch.optim.Optimizer | None, staging_bytes: int
 ) -> MemoryReport:
     """Adds up ``module``'s tensors and those of ``optimizer``."""
     params = _storage_bytes(module.parameters())
@@ -126,8 +111,9 @@ def memory_report(
     states: list[Any] = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
     return MemoryReport(
         param_bytes=params,
-        replica_bytes=replicas.alive_bytes,
-        peak_param_bytes=params + replicas.peak_bytes,
+        replica_bytes=pool.lent_bytes,
+        peak_param_bytes=params + pool.peak_bytes,
+        pool_bytes=pool.lent_bytes + pool.free_bytes,
         grad_bytes=grads,
         optimizer_bytes=_storage_bytes(value for value in states if isinstance(value, Tensor)),
         staging_bytes=staging_bytes,

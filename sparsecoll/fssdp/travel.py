@@ -9,26 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.profiler import record_function
 
 from sparsecoll.collectives.all_to_all import run_all_to_all
 from sparsecoll.fssdp.backward import Backward
-from sparsecoll.fssdp.layer import Materialized, ShardedLayer
-from sparsecoll.moe.experts import grouped_backward, grouped_forward
+from sparsecoll.fssdp.layer import Forward, ShardedLayer, is_recomputing
+from sparsecoll.moe.experts import Stack, grouped_backward, grouped_forward
 from sparsecoll.moe.grouped import Groups
 from sparsecoll.moe.permute import combine, inverse_permutation, permute
-from sparsecoll.moe.routes import RankRoutes
+from sparsecoll.moe.routes import Routes
 from sparsecoll.moe.upload import upload
 
 __all__ = ["LocalRoutes", "Sending", "travel"]
-
-T = TypeVar("T")
 
 
 class Sending(NamedTuple):
@@ -54,8 +51,8 @@ class LocalRoutes:
         send_counts, recv_counts: ``[W]`` rows.
         by_expert: ``[M]``, the place among the received rows of the row that is computed i-th.
         by_source: ``[M]``, its inverse.
-        replicas: rows of each hot expert that is held here.
-        owned: rows of each expert that this rank owns, of which only those that are not hot compute with owned weights.
+        gathered: rows of each expert that is computed from gathered rows, gather by gather.
+        stored: rows of each expert of which this rank stores a row; with slices none is computed from those.
     """
 
     send_order: Tensor
@@ -63,41 +60,55 @@ class LocalRoutes:
     recv_counts: list[int]
     by_expert: Tensor
     by_source: Tensor
-    replicas: Groups
-    owned: Groups
+    gathered: list[Groups]
+    stored: Groups
 
     @classmethod
-    def of(cls, routes: RankRoutes, owned: Sequence[int], device: torch.device) -> LocalRoutes:
+    def of(
+        cls, routes: Routes, layer: ShardedLayer, gathered: Sequence[Sequence[int]], device: torch.device
+    ) -> LocalRoutes:
         """One small copy to the device, on the current stream.
 
         Args:
-            owned: experts that this rank owns, ascending.
+            gathered: for each gather, the experts that this rank computes from it.
         """
-        hot, others = np.split(routes.expert_counts, [routes.num_hot])
-        places = np.flatnonzero(np.isin(owned, routes.experts[routes.num_hot :]))
-        own = np.zeros(len(owned), np.int64)
-        own[places] = others
-        ends = np.concatenate([np.cumsum(hot), np.cumsum(own)])
-        send_order, by_expert, ends_there = upload([routes.send_order, routes.recv_order, ends], device)
-        hot_ends, own_ends = ends_there.to(torch.int32).split([len(hot), len(own)])
+        stacks = [*gathered, layer.computed_from_parameters()]
+        mine = routes.of_rank(layer.group.rank, [expert for stack in stacks for expert in stack])
+        counts = np.split(mine.expert_counts, np.cumsum([len(stack) for stack in stacks])[:-1])
+        ends = [np.cumsum(each) for each in counts]
+        uploaded = upload([mine.send_order, mine.recv_order, np.concatenate(ends)], device)
+        send_order, by_expert, ends_there = uploaded
+        groups = [
+            Groups(each.tolist(), device, there)
+            for each, there in zip(
+                counts, ends_there.to(torch.int32).split([len(each) for each in counts]), strict=True
+            )
+        ]
         return cls(
             send_order,
-            routes.send_counts.tolist(),
-            routes.recv_counts.tolist(),
+            mine.send_counts.tolist(),
+            mine.recv_counts.tolist(),
             by_expert,
             inverse_permutation(by_expert),
-            Groups(hot.tolist(), device, hot_ends),
-            Groups(own.tolist(), device, own_ends, places.tolist()),
+            groups[:-1],
+            groups[-1],
         )
 
-    def present(self, of_replicas: T, of_owned: T) -> list[T]:
-        """Of two things that belong to `replicas` and `owned` those, in this order, that have an expert to compute."""
-        pairs = ((self.replicas, of_replicas), (self.owned, of_owned))
-        return [thing for groups, thing in pairs if groups.places]
+    def present(self, of_gathered: Sequence[Stack], of_stored: Stack) -> tuple[list[Groups], list[Stack]]:
+        """The stacks that have an expert to compute, and their rows."""
+        pairs = [*zip(self.gathered, of_gathered, strict=True), (self.stored, of_stored)]
+        chosen = [(groups, stack) for groups, stack in pairs if groups.places]
+        return [groups for groups, _ in chosen], [stack for _, stack in chosen]
 
 
 def travel(
-    layer: ShardedLayer, backward: Backward, tokens: Tensor, weights: Tensor, sending: Sending, routes: LocalRoutes
+    layer: ShardedLayer,
+    backward: Backward,
+    forward: Forward,
+    tokens: Tensor,
+    weights: Tensor,
+    sending: Sending,
+    routes: LocalRoutes,
 ) -> Tensor:
     """``[T, D]``: the results of ``tokens`` ``[T, D]``, weighted with ``weights`` ``[T, K]``.
 
@@ -107,12 +118,11 @@ def travel(
     outgoing = permute(tokens, sending.token, sending.position)
     incoming = _AllToAll.apply(outgoing, routes.send_counts, routes.recv_counts, layer, "dispatch")
     x = permute(incoming, routes.by_expert, routes.by_source.unsqueeze(1))
-    materialized = layer.materialize()
-    y = _HeldExperts.apply(x, routes, materialized, layer, backward, *layer.experts)
+    y = _HeldExperts.apply(x, routes, forward, layer, backward, *layer.experts)
     results = permute(y, routes.by_source, routes.by_expert.unsqueeze(1))
     returned = _AllToAll.apply(results, routes.recv_counts, routes.send_counts, layer, "combine")
     out = combine(returned, sending.position, weights, is_permutation=sending.is_permutation)
-    backward.after_layer(layer)
+    backward.after_forward(layer, forward, has_graph=y.requires_grad)
     return out
 
 
@@ -141,7 +151,7 @@ def _all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], layer
         layer.count_dispatch(group.stats().since(before))
         return out
 
-    with record_function(f"FSSDP::{step} ({layer.fqn})"):
+    with layer.span(step, "dispatch"):
         return group.run(operation, run)
 
 
@@ -157,21 +167,22 @@ class _HeldExperts(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         routes: LocalRoutes,
-        materialized: Materialized,
+        forward: Forward,
         layer: ShardedLayer,
         backward: Backward,
         *weights: Tensor,
     ) -> Tensor:
-        y, hidden = grouped_forward(
-            x,
-            routes.present(routes.replicas, routes.owned),
-            routes.present(materialized.weights, weights),
-            layer.layer.experts.activation,
-        )
+        gathered = forward.replicas.stacks()
+        layer.load.gathered = forward.replicas.moved
+        begin = layer.meter.stamp()
+        with layer.span("experts", "compute"):
+            y, hidden = grouped_forward(x, *routes.present(gathered, weights), layer.layer.experts.activation)
+        if not is_recomputing():
+            layer.meter.computed(begin, len(x))
         # Saving the parameters, with which backward computes again, lets autograd notice in-place changes.
         ctx.save_for_backward(x, *weights, *hidden)
         ctx.num_weights = len(weights)
-        ctx.routes, ctx.materialized, ctx.layer, ctx.backward = routes, materialized, layer, backward
+        ctx.routes, ctx.forward, ctx.layer, ctx.backward = routes, forward, layer, backward
         return y
 
     @staticmethod
@@ -180,23 +191,27 @@ class _HeldExperts(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         weights, hidden = saved[: ctx.num_weights], saved[ctx.num_weights :]
         layer: ShardedLayer = ctx.layer
-        materialized: Materialized = ctx.materialized
+        forward: Forward = ctx.forward
         routes: LocalRoutes = ctx.routes
         trains = any(ctx.needs_input_grad[5:])
+        groups, stacks = routes.present(forward.replicas.stacks(), weights)
+        ctx.backward.before_experts(forward)
         owned = tuple(torch.empty_like(weight) for weight in weights) if trains else ()
-        replicas = tuple(torch.empty_like(weight) for weight in materialized.weights) if trains else ()
-        dx = grouped_backward(
-            dy.contiguous(),
-            x,
-            hidden,
-            routes.present(routes.replicas, routes.owned),
-            routes.present(materialized.weights, weights),
-            layer.layer.experts.activation,
-            routes.present(replicas, owned) if trains else None,
-            ctx.needs_input_grad[0],
-            # The gradient rule's 1/W costs nothing as a factor of the matrix product.
-            scale=1 / layer.group.world_size,
-        )
+        leases = forward.replicas.new_gradients() if trains else []
+        with layer.span("experts_backward", "compute"):
+            dx = grouped_backward(
+                dy.contiguous(),
+                x,
+                hidden,
+                groups,
+                stacks,
+                layer.layer.experts.activation,
+                routes.present([lease.stack for lease in leases], owned)[1] if trains else None,
+                ctx.needs_input_grad[0],
+                # The gradient rule's 1/W costs nothing as a factor of the matrix product.
+                scale=1 / layer.group.world_size,
+            )
         if trains:
-            ctx.backward.reduce(layer, materialized, owned, replicas)
+            ctx.backward.reduce(layer, forward, owned, leases)
+        ctx.backward.after_experts(forward)
         return dx, None, None, None, None, *(None for _ in weights)

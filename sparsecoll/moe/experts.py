@@ -242,6 +242,8 @@ class Experts(nn.Module):
     Attributes:
         num_experts: of the layer, over all ranks.
         owned: the expert of each row of the parameters, all experts unless a wrapper shards them.
+        kept_slice: which slice of each expert's matrices is kept, and into how many they are cut along their first
+            dimension: (0, 1) unless a wrapper does.
         gather_rows: gives the rows of the state dict, expert to row, where the parameters do not have them all.
     """
 
@@ -259,6 +261,7 @@ class Experts(nn.Module):
         self.activation = find_activation(activation)
         self.num_experts = num_experts
         self.owned: Sequence[int] = range(num_experts)
+        self.kept_slice = 0, 1
         self.gather_rows: Callable[[], Mapping[int, Row]] | None = None
         first, second = self.weight_names
         self.register_parameter(
@@ -332,10 +335,12 @@ class Experts(nn.Module):
         for expert, row in zip(self.owned, rows_of(self.weights), strict=True):
             keys = [f"{prefix}{expert}.{name}" for name in self.weight_names]
             missing = [key for key in keys if key not in state_dict]
+            number, num_slices = self.kept_slice
+            shapes = [[matrix.shape[0] * num_slices, *matrix.shape[1:]] for matrix in row]
             misshapen = [
-                f"{key}: expected shape {list(matrix.shape)}, got {_shape(state_dict[key])}"
-                for key, matrix in zip(keys, row, strict=True)
-                if key in state_dict and _shape(state_dict[key]) != list(matrix.shape)
+                f"{key}: expected shape {shape}, got {_shape(state_dict[key])}"
+                for key, shape in zip(keys, shapes, strict=True)
+                if key in state_dict and _shape(state_dict[key]) != shape
             ]
             missing_keys.extend(missing if strict else ())
             error_msgs.extend(misshapen)
@@ -343,7 +348,7 @@ class Experts(nn.Module):
                 continue
             with torch.no_grad():
                 for key, matrix in zip(keys, row, strict=True):
-                    matrix.copy_(state_dict[key])
+                    matrix.copy_(state_dict[key].chunk(num_slices)[number])
         if strict:
             known = {f"{prefix}{expert}.{name}" for expert in range(self.num_experts) for name in self.weight_names}
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)

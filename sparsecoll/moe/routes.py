@@ -2,9 +2,6 @@
 
 Legend: ``W`` ranks, ``E`` experts, ``H`` experts that a rank holds, ``N`` assignments of a rank (tokens times top-k),
 ``M`` assignments that a rank receives. Its own assignments are among them: a rank sends to itself as to any other.
-
-Rows of an expert that is gathered are computed with gathered weights on all of its holders; experts that are gathered
-together form a *stack*. All others are computed with their owner's weights.
 """
 
 from __future__ import annotations
@@ -33,11 +30,8 @@ class RankRoutes:
         recv_counts: ``[W]``, rows from each rank.
         recv_order: ``[M]``, the place in the received rows (grouped by source, then by expert) of the row that is
             computed i-th. Rows are computed grouped by expert, in the order of ``experts``, then by source.
-        experts: ``[H]``, the experts that the rank holds: those of stack 0 ascending, those of stack 1, ..., and then
-            those that are not gathered. Weights of a stack are gathered in this order, so that rows that compute with
-            one buffer are consecutive.
+        experts: ``[H]``, the experts that the rank holds, in the order that was asked for.
         expert_counts: ``[H]``, rows of each of them.
-        stack_sizes: how many of them each stack has; as many numbers on every rank as there are stacks.
     """
 
     send_order: Integers
@@ -46,12 +40,6 @@ class RankRoutes:
     recv_order: Integers
     experts: Integers
     expert_counts: Integers
-    stack_sizes: tuple[int, ...]
-
-    @property
-    def num_hot(self) -> int:
-        """How many of ``experts`` are gathered."""
-        return sum(self.stack_sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +49,27 @@ class Routes:
     Attributes:
         quotas: int64 ``[W, E, W]``: of source s, for expert e, how many assignments rank d computes.
         holders: bool ``[E, W]``; only holders have quotas.
-        stack_of: int64 ``[E]``, the stack that each expert's weights are gathered in; -1 for those of the owner.
     """
 
     quotas: Integers
     holders: NDArray[np.bool_]
-    stack_of: Integers
 
-    def of_rank(self, rank: int) -> RankRoutes:
-        """The share of one rank; costs O(E * W + N + M)."""
+    def of_rank(self, rank: int, experts: ArrayLike | None = None) -> RankRoutes:
+        """The share of one rank; costs O(E * W + N + M).
+
+        Args:
+            experts: those that the rank holds, in the order in which it computes them, so that rows that compute with
+                one buffer are consecutive; ascending by default.
+        """
         sent, received = self.quotas[rank], self.quotas[:, :, rank]
-        num_stacks = int(self.stack_of.max(initial=-1)) + 1
-        held = np.flatnonzero(self.holders[:, rank])
-        stacks = np.where(self.stack_of[held] < 0, num_stacks, self.stack_of[held])
-        experts = held[np.argsort(stacks, kind="stable")]
+        held = np.flatnonzero(self.holders[:, rank]) if experts is None else np.asarray(experts, np.int64)
         return RankRoutes(
             send_order=_swap_grouping(sent),
             send_counts=sent.sum(axis=0),
             recv_counts=received.sum(axis=1),
-            recv_order=_swap_grouping(received, experts),
-            experts=experts,
-            expert_counts=received.sum(axis=0)[experts],
-            stack_sizes=tuple(np.bincount(stacks, minlength=num_stacks)[:num_stacks].tolist()),
+            recv_order=_swap_grouping(received, held),
+            experts=held,
+            expert_counts=received.sum(axis=0)[held],
         )
 
 
@@ -92,7 +79,6 @@ def plan_routes(
     owners: ArrayLike,
     node_of: Sequence[int],
     quotas: ArrayLike | None = None,
-    stack_of: ArrayLike | None = None,
 ) -> Routes:
     """Sends each token to the nearest holder of its expert: at its source, in the same node, or elsewhere.
 
@@ -111,12 +97,10 @@ def plan_routes(
         owners: ``[E]``.
         node_of: ``[W]``, the node of each rank, counted from 0.
         quotas: ``[E, W]``, how many of each expert's assignments each rank computes.
-        stack_of: ``[E]``, in which stack the expert is gathered, counted from 0, or -1 for one that is not; by default
-            stack 0 has all experts with several holders.
 
     Raises:
-        InvalidArgument: shapes that do not fit together, a negative count, quotas that are not as many as the
-            assignments or go to others than holders, or an expert with several holders that is not gathered.
+        InvalidArgument: shapes that do not fit together, a negative count, or quotas that are not as many as the
+            assignments or go to others than holders.
     """
     load, mask, owner_ranks = np.asarray(counts, np.int64), np.asarray(holders, np.bool_), np.asarray(owners, np.int64)
     nodes = np.asarray(node_of, np.int64)
@@ -128,24 +112,9 @@ def plan_routes(
         )
     if load.size and load.min() < 0:
         raise InvalidArgument(f"plan_routes: expected counts of at least 0, got {load.min()}")
-    stacks = _checked_stacks(stack_of, mask)
     if quotas is None:
-        return Routes(_to_nearest(load, mask, owner_ranks, nodes), mask, stacks)
-    return Routes(_by_quota(load, _checked_quotas(quotas, load, mask), nodes), mask, stacks)
-
-
-def _checked_stacks(stack_of: ArrayLike | None, mask: NDArray[np.bool_]) -> Integers:
-    is_hot = mask.sum(axis=1) > 1
-    if stack_of is None:
-        return is_hot.astype(np.int64) - 1
-    stacks = np.asarray(stack_of, np.int64)
-    if stacks.shape != is_hot.shape or stacks.min(initial=-1) < -1:
-        raise InvalidArgument(f"plan_routes: expected stack_of [{len(is_hot)}] of at least -1, got {stack_of}")
-    for expert in np.flatnonzero(is_hot & (stacks < 0)):
-        raise InvalidArgument(
-            f"plan_routes: expected a stack for every expert with several holders, got none for expert {expert}"
-        )
-    return stacks
+        return Routes(_to_nearest(load, mask, owner_ranks, nodes), mask)
+    return Routes(_by_quota(load, _checked_quotas(quotas, load, mask), nodes), mask)
 
 
 def _checked_quotas(quotas: ArrayLike, load: Integers, mask: NDArray[np.bool_]) -> Integers:

@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsecoll as sc
-from sparsecoll.balance import Busiest, NoReplicas
+from sparsecoll.balance import Balance, Costs, Loads, NoReplicas
 from sparsecoll.moe import MoELayer
-from tests.fssdp_checks import BUSY_REPLICAS, Case, Run, Scattered, Sharded, Toy, check_script, train
+from tests.fssdp_checks import BUSY_REPLICAS, Busiest, Case, Run, Scattered, Sharded, Toy, check_script, train
 
 
 class Small(nn.Module):
@@ -203,13 +203,35 @@ def test_rank_without_tokens_that_has_no_graph() -> None:
     [
         (lambda group: sc.FSSDP(nn.Linear(3, 3), group=group), "MoELayer"),
         (lambda group: sc.FSSDP(sc.FSSDP(Small(), group=group), group=group), "wrapped"),
-        (lambda group: sc.FSSDP(Small(), group=group, balancer="fair"), "busiest"),
-        (lambda group: sc.FSSDP(Small(), group=group, balancer=object()), "place and window"),
+        (lambda group: sc.FSSDP(Small(), group=group, balancer="fair"), "hecate"),
+        (lambda group: sc.FSSDP(Small(), group=group, balancer=object()), "exact and balance"),
+        (lambda group: sc.FSSDP(Small(), group=group, predictor="oracle"), "decaying, last, mean"),
+        (lambda group: sc.FSSDP(Small(), group=group, predictor=object()), "predict and window"),
+        (lambda group: sc.FSSDP(Small(), group=group, rematerialize="often"), "True, False, 'auto'"),
+        (lambda group: sc.FSSDP(Small(), group=group, sharding="rows"), "'owners', 'slices'"),
+        (lambda group: sc.FSSDP(Small(), group=group, spread="far"), "'nearest', 'quota'"),
+        (lambda group: sc.FSSDP(Small(), group=group, costs={"moe": 3}), "Costs"),
+        (lambda group: sc.FSSDP(Small(), group=group, sharding="slices", calibrate=True), "calibrate"),
         (lambda group: sc.FSSDP(Small().to("meta"), group=group), "meta"),
         (lambda group: sc.FSSDP(Small(), group=group).last_plan("other"), "moe"),
         (lambda group: copy.deepcopy(sc.FSSDP(Small(), group=group)), "copied"),
     ],
-    ids=["no MoE layer", "wrapped twice", "unknown balancer", "no balancer", "meta", "no such layer", "deepcopy"],
+    ids=[
+        "no MoE layer",
+        "wrapped twice",
+        "unknown balancer",
+        "no balancer",
+        "unknown predictor",
+        "no predictor",
+        "rematerialize",
+        "sharding",
+        "spread",
+        "costs",
+        "calibration of slices",
+        "meta",
+        "no such layer",
+        "deepcopy",
+    ],
 )
 def test_wrong_use_is_an_invalid_argument_on_all_ranks(make: Callable[[sc.Group], Any], text: str) -> None:
     for error in raised_by(make):
@@ -255,15 +277,15 @@ def test_a_model_that_one_rank_cannot_wrap() -> None:
 class Obedient:
     """Returns what a test wants it to."""
 
-    window = 1
+    def __init__(self, place: Callable[[sc.Placement], Any], exact: bool) -> None:
+        self._place, self.exact = place, exact
 
-    def __init__(self, place: Callable[[sc.Placement], Any]) -> None:
-        self._place = place
-
-    def place(self, history: Sequence[Any], base: sc.Placement) -> Any:
-        return self._place(base)
+    def balance(self, loads: Loads, base: sc.Placement, costs: Costs) -> Any:
+        place = self._place(base)
+        return Balance(place) if isinstance(place, sc.Placement) else place
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["before the router", "after the router"])
 @pytest.mark.parametrize(
     "place",
     [
@@ -272,24 +294,26 @@ class Obedient:
         lambda base: sc.Placement.of_owners((base.owners + 1) % 3, 3).replicate({0: range(3)}),
         lambda base: sc.Placement.even(base.num_chunks + 1, 3),
         lambda base: sc.Placement.even(base.num_chunks, 2),
+        lambda base: 1 / 0,
     ],
-    ids=["None", "moves owners", "moves owners, with replicas", "another expert", "other ranks"],
+    ids=["None", "moves owners", "moves owners, with replicas", "another expert", "other ranks", "raises"],
 )
-def test_balancer_that_breaks_the_rules(place: Callable[[sc.Placement], Any]) -> None:
+def test_balancer_that_breaks_the_rules(place: Callable[[sc.Placement], Any], exact: bool) -> None:
     def main(group: sc.Group) -> None:
-        train(Sharded(Case(num_experts=6, balancer=Obedient(place)), group))
+        train(Sharded(Case(num_experts=6, balancer=Obedient(place, exact)), group))
 
     for error in raised_by(main):
         assert isinstance(error, sc.InvalidArgument) and "balancer" in str(error), repr(error)
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["before the router", "after the router"])
 @pytest.mark.parametrize(
     "choice", [({0: [2]}, {1: [2]}), ({0: [2]}, {}), ({}, {0: [2]}), ({0: [0, 1, 2]}, {0: [0, 1]})], ids=str
 )
-def test_balancers_that_disagree(choice: tuple[dict[int, list[int]], dict[int, list[int]]]) -> None:
+def test_balancers_that_disagree(choice: tuple[dict[int, list[int]], dict[int, list[int]]], exact: bool) -> None:
     def main(group: sc.Group) -> None:
         replicas = choice[group.rank == 1]
-        train(Sharded(Case(balancer=Obedient(lambda base: base.replicate(replicas))), group))
+        train(Sharded(Case(balancer=Obedient(lambda base: base.replicate(replicas), exact)), group))
 
     for error in raised_by(main):
         assert isinstance(error, sc.CollectiveMismatch), repr(error)

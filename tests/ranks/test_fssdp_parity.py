@@ -10,10 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsecoll as sc
-from sparsecoll.balance import Busiest, NoReplicas
+from sparsecoll.balance import NoReplicas
 from sparsecoll.moe import experts
 from tests.fssdp_checks import (
     BUSY_REPLICAS,
+    Busiest,
     Case,
     Run,
     Scattered,
@@ -35,7 +36,7 @@ CASES = {
     "no replicas": Case(balancer=NoReplicas()),
     "replicas here and there": Case(balancer=Scattered(), num_experts=6, optimizer="adamw"),
     "replicas here and there, expert that nobody chose": Case(balancer=Scattered(), biases=((1, -50.0), (2, -50.0))),
-    "all experts everywhere": Case(balancer=Busiest(most=5, min_gain=0, window=1)),
+    "all experts everywhere": Case(balancer=Busiest(most=5)),
     "adamw, aux loss": Case(optimizer="adamw", aux_loss_coef=0.3),
     "gelu, shared expert": Case(activation="gelu", shared_hidden_dim=3, top_k=1),
     "swiglu, shared expert, aux loss": Case(shared_hidden_dim=5, aux_loss_coef=1.0, top_k=3, optimizer="adamw"),
@@ -59,7 +60,7 @@ def test_training_equals_one_process(name: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("node_of", [(0, 1, 2), (0, 0, 1, 1), (0, 1, 0, 1, 1)], ids=str)
 def test_nodes_change_routes_and_not_results(node_of: tuple[int, ...]) -> None:
-    case = Case(num_experts=7, top_k=3, balancer=Busiest(most=4, min_gain=0))
+    case = Case(num_experts=7, top_k=3, balancer=Busiest(most=4))
     sc.run_local(lambda group: check_script(group, case) and None, len(node_of), topology=sc.Topology(node_of))
 
 
@@ -308,10 +309,10 @@ class ExpertProducts(TorchDispatchMode):
 )
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_one_grouped_product_for_each_buffer(case: Case, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two in forward and four in backward for replicas, and as many for owned experts without replicas."""
+    """Two in forward and four in backward for gathered experts, and as many for the owned ones."""
     by_stack(monkeypatch)
     base, capacity = sc.Placement.even(case.num_experts, world_size), capacity_of(case, world_size)
-    places = [case.balancer.place([], base)] * 2
+    places = [base] * 2
     if capacity is not None:
         places = list(capacity.placements({"first": base, "second": base}).values())
 
@@ -321,8 +322,8 @@ def test_one_grouped_product_for_each_buffer(case: Case, world_size: int, monkey
             run.loss(0).backward()
         num_buffers = 0
         for place in places:
-            hot, held = set(place.replicated().tolist()), set(place.held_by(group.rank).tolist())
-            num_buffers += bool(held & hot) + bool(held - hot)
+            owned, held = (set(each(group.rank).tolist()) for each in (place.owned_by, place.held_by))
+            num_buffers += bool(owned) + bool(held - owned)
         assert (products.num_grouped, products.num_looped) == (6 * num_buffers, 0)
 
     sc.run_local(main, world_size)

@@ -15,7 +15,7 @@ from sparsecoll.moe.routes import plan_routes
 
 
 class World:
-    """A random problem: counts, holders, owners, nodes; with or without quotas, and stacks that are not the default."""
+    """A random problem: counts, holders, owners, nodes; with or without quotas."""
 
     def __init__(
         self,
@@ -25,7 +25,6 @@ class World:
         density: float,
         seed: int,
         by_quota: bool = False,
-        num_stacks: int | None = None,
     ) -> None:
         random = np.random.default_rng(seed)
         self.world_size, self.num_experts = world_size, num_experts
@@ -36,20 +35,10 @@ class World:
         self.holders[np.arange(num_experts), self.owners] = True
         self.node_of = tuple(random.integers(0, num_nodes, world_size).tolist())
         self.wanted = random_quotas(random, self.counts.sum(axis=0), self.holders) if by_quota else None
-        self.is_hot = self.holders.sum(axis=1) > 1
-        self.stack_of = self.is_hot.astype(int) - 1
-        if num_stacks is not None:
-            # Experts with one holder may be gathered too.
-            self.stack_of = np.where(self.is_hot, 0, -1) + random.integers(0, num_stacks + 1, num_experts)
-        self.routes = plan_routes(
-            self.counts,
-            self.holders,
-            self.owners,
-            self.node_of,
-            self.wanted,
-            None if num_stacks is None else self.stack_of,
-        )
-        self.ranks = [self.routes.of_rank(rank) for rank in range(world_size)]
+        self.routes = plan_routes(self.counts, self.holders, self.owners, self.node_of, self.wanted)
+        # Ranks may compute in any order, each in its own.
+        self.orders = [random.permutation(np.flatnonzero(held)).tolist() for held in self.holders.T]
+        self.ranks = [self.routes.of_rank(rank, self.orders[rank]) for rank in range(world_size)]
 
 
 def random_quotas(
@@ -73,7 +62,7 @@ shapes: dict[str, Any] = {
 }
 nearest_worlds = st.builds(World, **shapes)
 quota_worlds = st.builds(World, **shapes, by_quota=st.just(True))
-worlds = st.builds(World, **shapes, by_quota=st.booleans(), num_stacks=st.sampled_from([None, 0, 1, 3]))
+worlds = st.builds(World, **shapes, by_quota=st.booleans())
 
 
 @given(nearest_worlds)
@@ -124,7 +113,7 @@ def test_sources_fill_one_holder_after_the_other(world: World) -> None:
 
 
 @given(worlds)
-def test_simulated_dispatch_reaches_every_holder_sorted_by_stack_and_expert(world: World) -> None:
+def test_simulated_dispatch_reaches_every_holder_in_the_order_asked_for(world: World) -> None:
     size = world.world_size
     # An assignment is (source, expert, number among the source's assignments, sorted by expert).
     assignments = []
@@ -142,19 +131,15 @@ def test_simulated_dispatch_reaches_every_holder_sorted_by_stack_and_expert(worl
             mailbox[destination].append(part)
 
     computed = []
-    num_stacks = max(world.stack_of, default=-1) + 1
-    turn_of = np.where(world.stack_of < 0, num_stacks, world.stack_of)
     for destination, rank in enumerate(world.ranks):
         assert [len(part) for part in mailbox[destination]] == rank.recv_counts.tolist()
         received = np.concatenate(mailbox[destination])
         assert sorted(rank.recv_order) == list(range(len(received)))
         rows = received[rank.recv_order]
-        keys = [(turn_of[expert], expert, source, number) for source, expert, number in rows]
+        turn_of = {expert: turn for turn, expert in enumerate(world.orders[destination])}
+        keys = [(turn_of[expert], source, number) for _, expert, number, source in ((*row, row[0]) for row in rows)]
         assert keys == sorted(keys)
-        held = np.flatnonzero(world.holders[:, destination]).tolist()
-        assert rank.experts.tolist() == sorted(held, key=lambda expert: (turn_of[expert], expert))
-        assert rank.stack_sizes == tuple(sum(turn_of[held] == stack) for stack in range(num_stacks))
-        assert rank.num_hot == sum(world.stack_of[held] >= 0)
+        assert rank.experts.tolist() == world.orders[destination]
         np.testing.assert_array_equal(rows[:, 1], np.repeat(rank.experts, rank.expert_counts))
         computed.extend(map(tuple, rows))
     assert sorted(computed) == [tuple(row) for source in assignments for row in source]
@@ -195,18 +180,10 @@ def test_quotas_by_hand() -> None:
     assert routes.quotas[:, 0].tolist() == [[3, 4, 0, 2], [0, 1, 0, 0], [0, 0, 0, 4], [0, 0, 0, 2]]
 
 
-def test_stacks_by_hand() -> None:
-    holders = np.ones((5, 2), bool)
-    holders[1:3, 1] = False
-    routes = plan_routes(np.ones((2, 5), int), holders, [0] * 5, [0, 0], stack_of=[1, 2, -1, 1, 0])
-    assert routes.of_rank(0).experts.tolist() == [4, 0, 3, 1, 2]
-    assert routes.of_rank(0).stack_sizes == (1, 2, 1)
-    assert routes.of_rank(1).experts.tolist() == [4, 0, 3]
-    assert routes.of_rank(1).stack_sizes == (1, 2, 0)
-    by_default = plan_routes(np.ones((2, 5), int), holders, [0] * 5, [0, 0])
-    assert by_default.of_rank(0).experts.tolist() == [0, 3, 4, 1, 2]
-    assert by_default.of_rank(0).stack_sizes == (3,)
-    assert plan_routes([[1]], [[True]], [0], [0]).of_rank(0).stack_sizes == ()
+def test_ranks_compute_in_ascending_order_by_default() -> None:
+    routes = plan_routes([[1, 2, 3]], np.ones((3, 1), bool), [0] * 3, [0])
+    assert routes.of_rank(0).experts.tolist() == [0, 1, 2]
+    assert routes.of_rank(0, [2, 0, 1]).expert_counts.tolist() == [3, 1, 2]
 
 
 def test_extra_tokens_rotate_over_the_holders_of_a_node() -> None:
@@ -251,9 +228,3 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         plan_routes([[1], [1]], [[True, False]], [0], [0, 0], quotas=[[1, 1]])
     with pytest.raises(InvalidArgument, match="at least 0, and only of holders, got -1 of expert 0 for rank 0"):
         plan_routes([[1], [1]], [[True, True]], [0], [0, 0], quotas=[[-1, 3]])
-    with pytest.raises(InvalidArgument, match=r"expected stack_of \[1\] of at least -1"):
-        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], stack_of=[0, 0])
-    with pytest.raises(InvalidArgument, match=r"expected stack_of \[1\] of at least -1"):
-        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], stack_of=[-2])
-    with pytest.raises(InvalidArgument, match="with several holders, got none for expert 0"):
-        plan_routes([[1], [1]], [[True, True]], [0], [0, 0], stack_of=[-1])
