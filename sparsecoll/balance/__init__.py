@@ -8,8 +8,10 @@ from sparsecoll.balance.eplb import Eplb
 from sparsecoll.balance.faster_moe import FasterMoE
 from sparsecoll.balance.find import BALANCERS, find_balancer
 from sparsecoll.balance.hecate import Hecate
+from sparsecoll.balance.least_loaded import LeastLoaded
 from sparsecoll.balance.none import NoReplicas
 from sparsecoll.balance.predict import DecayingLoad, LastLoad, MeanLoad, Predictor, find_predictor
+from sparsecoll.balance.quota import Quota
 from sparsecoll.balance.traffic import predicted_s
 
 __all__ = [
@@ -22,10 +24,12 @@ __all__ = [
     "FasterMoE",
     "Hecate",
     "LastLoad",
+    "LeastLoaded",
     "Loads",
     "MeanLoad",
     "NoReplicas",
     "Predictor",
+    "Quota",
     "divide_loads",
     "find_balancer",
     "find_predictor",

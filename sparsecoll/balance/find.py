@@ -10,7 +10,9 @@ from sparsecoll.balance.base import Balancer
 from sparsecoll.balance.eplb import Eplb
 from sparsecoll.balance.faster_moe import FasterMoE
 from sparsecoll.balance.hecate import Hecate
+from sparsecoll.balance.least_loaded import LeastLoaded
 from sparsecoll.balance.none import NoReplicas
+from sparsecoll.balance.quota import Quota
 from sparsecoll.errors import InvalidArgument
 
 __all__ = ["BALANCERS", "find_balancer"]
@@ -18,6 +20,8 @@ __all__ = ["BALANCERS", "find_balancer"]
 BALANCERS: Mapping[str, Any] = MappingProxyType(
     {
         "hecate": Hecate,
+        "quota": Quota,
+        "least_loaded": LeastLoaded,
         "eplb": Eplb,
         "faster_moe": FasterMoE,
         "none": NoReplicas,
