@@ -1,10 +1,10 @@
-"""How long it takes to plan, natively and on one core, with nothing remembered from an earlier plan.
+"""How long it takes to plan and to balance, natively and on one core, with nothing remembered from an earlier call.
 
 Every call plans sizes that no call before it had, as ``sc.plan_all_gather(..., algorithm="auto")``: from the check of
 the arguments to the complete table of transfers, and with the cache of plans full, so that each plan takes the place of
 an older one. Not counted: the digest of the Placement, which is computed once for each and not for each plan, and what
 a Plan computes only when it is asked (bytes, bounds, predictions). The last plan of each case is held against the
-readable planner's, byte for byte.
+readable planner's, byte for byte. How balancers are timed is told in `bench.balancers`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sparsecoll as sc
+from bench.balancers import BalancerResult, time_balancers
 from bench.machine import commit, describe
 from bench.report import write_record
 
@@ -104,12 +105,17 @@ def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
     print(f"# {'case':<24}{'deliveries':>11} {'algorithm':<13}{'rows':>7}{'min us':>9}{'median':>9}{'p95':>9}  ns/del")
     _fill_cache()
     results = list(_measure(options))
+    print("# 256 experts on 64 ranks, Zipf 1.2: saved is the share of the layer's predicted time, copies not counted")
+    print(f"# {'balancer':<24}{'replicas':>11} {'saved':<13}{'':>7}{'min us':>9}{'median':>9}{'p95':>9}")
+    balanced = list(_measure_balancers(options))
+    plans_are_right, answers_are_sound = all(each.right for each in results), all(each.right for each in balanced)
     record = {
         "case": "planner",
         "command": command,
-        "passed": all(each.right for each in results),
-        "summary": _summary(results),
+        "passed": plans_are_right and answers_are_sound,
+        "summary": {**_summary(results), **_balance_summary(balanced)},
         "results": [asdict(each) for each in results],
+        "balancers": [asdict(each) for each in balanced],
         "iterations": options.iters,
         "seed": options.seed,
         "machine": describe(),
@@ -117,7 +123,8 @@ def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
     }
     for name, value in record["summary"].items():
         print(f"# {name}: {value:.4g}")
-    print(f"# equal to the readable planner's: {'OK' if record['passed'] else 'FAILED'}")
+    print(f"# equal to the readable planner's: {'OK' if plans_are_right else 'FAILED'}")
+    print(f"# answers of balancers sound: {'OK' if answers_are_sound else 'FAILED'}")
     if options.json is not None:
         write_record(record, options.json)
     return record
@@ -166,6 +173,16 @@ def _measure(options: argparse.Namespace) -> Iterator[_Result]:
             f"  {result.case:<24}{result.deliveries:>11} {result.algorithm:<13}{result.transfers:>7}"
             f"{result.min_us:>9.0f}{result.median_us:>9.0f}{result.p95_us:>9.0f}{result.ns_per_delivery:>8.0f}"
             f"{'' if result.right else '  WRONG'}",
+            flush=True,
+        )
+        yield result
+
+
+def _measure_balancers(options: argparse.Namespace) -> Iterator[BalancerResult]:
+    for result in time_balancers(options):
+        print(
+            f"  {result.balancer:<24}{result.replicas:>11.1f} {result.saved:<13.1%}{'':>7}"
+            f"{result.min_us:>9.0f}{result.median_us:>9.0f}{result.p95_us:>9.0f}{'' if result.right else '  WRONG'}",
             flush=True,
         )
         yield result
@@ -241,3 +258,8 @@ def _summary(results: Sequence[_Result]) -> Mapping[str, float]:
         summary["growth_exponent_max"] = max(growth)
         summary["ns_per_delivery_max"] = max(rows[-1].ns_per_delivery for rows in series.values())
     return summary
+
+
+def _balance_summary(results: Sequence[BalancerResult]) -> Mapping[str, float]:
+    summary = {f"balance_{each.balancer}_us_256x64": each.median_us for each in results}
+    return {"balance_us_256x64": min(summary.values()), **summary}

@@ -55,12 +55,12 @@ class LeastLoaded:
             return Balance(base)
         capacity = math.ceil(self.capacity * int(at_owner.sum()) / base.world_size)
         quotas = _overflow(by_expert, at_owner, base, capacity, self._min_tokens(costs), costs.spare_experts)
-        mask = base.holders | (quotas > 0)
-        place = base if np.array_equal(mask, base.holders) else Placement(base.owners, mask)
+        is_new = (quotas > 0) & ~base.holders
+        place = Placement(base.owners, base.holders | is_new) if is_new.any() else base
         if len(base.replicated()):
             # Owners were filled first; what other holders have of their own would travel there and back.
-            quotas = divide_loads(loads, place, costs.topology.node_of)
-        return Balance(place, quotas)
+            return Balance(place, divide_loads(loads, place, costs.topology.node_of))
+        return Balance(base) if place is base else Balance(place, quotas)
 
     def _min_tokens(self, costs: Costs) -> int:
         if self.min_tokens is not None:
