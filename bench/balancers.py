@@ -24,8 +24,8 @@ _NUM_EXPERTS, _WORLD_SIZE = 256, 64
 _ZIPF = 1.2
 _TOKENS = 32768
 _NAMES = ("quota", "hecate")
-# An expert of 2048 x 1408 x 3 parameters in bfloat16, and so as many FLOP an assignment as it has bytes; tokens of 2048;
-# 200 TFLOP/s and 350 GB/s.
+# An expert of 2048 x 1408 x 3 parameters in bfloat16, so that an assignment takes as many FLOP as it has bytes; tokens
+# of 2048; 200 TFLOP/s and 350 GB/s.
 _COSTS = Costs(
     topology=sc.Topology.flat(_WORLD_SIZE),
     expert_bytes=17_301_504,
