@@ -1,0 +1,121 @@
+"""``python -m bench step``: a training step of one model, from the same weights and tokens, by every way to train it.
+
+Ways are FSSDP with each balancer, expert parallelism written by hand, torch's FSDP2 and DDP, and as the ideal expert
+parallelism whose router happens to balance perfectly. They take turns iteration by iteration on the same ranks, and
+their outputs and gradients are compared in the same run. Where tokens go is not left to an untrained router, but drawn
+by Zipf's law, exactly balanced, or replayed from a model that has been trained without an auxiliary loss.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import sparsecoll as sc
+from bench.launch import run_ranks
+from bench.report import write_record
+from bench.step.options import LAUNCHED, Options, parse
+from bench.step.report import now, print_footer, print_header, print_rows, print_tables, record
+from bench.step.rows import Row
+from bench.step.traces import Trace, load_trace, save_trace
+
+__all__ = ["run"]
+
+
+def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Starts the ranks over one back end after the other, or is one of them; or records a routing.
+
+    Raises:
+        InvalidArgument: the recorded routing cannot be read, or does not fit the model.
+    """
+    options = parse(arguments)
+    if options.recorded_to is not None:
+        return _record_routing(options, options.recorded_to)
+    trace = _trace(options)
+    if options.launched:
+        return _run_rank(options, trace)
+    return _run_all(options, trace)
+
+
+def _run_all(options: Options, trace: Trace | None) -> dict[str, Any]:
+    start_time = now()
+    print_header(options, None if trace is None else trace.origin)
+    rows: list[Row] = []
+    errors: list[str] = []
+    for backend in options.backends:
+        try:
+            rows += _run_over(backend, options)
+        except (sc.BackendUnavailable, _JobFailed) as error:
+            errors.append(f"{backend}: {error}")
+    print_tables(rows)
+    found = record(options, rows, errors, start_time)
+    if options.output is not None:
+        write_record(found, options.output)
+        _draw(rows, found, options.output.with_suffix(".png"))
+    print_footer(found)
+    return found
+
+
+class _JobFailed(Exception):
+    """Ranks have ended without all of their rows; they have said why."""
+
+
+def _run_over(backend: str, options: Options) -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="sparsecoll-bench-") as folder:
+        output = Path(folder, "rows.jsonl")
+        status = run_ranks(backend, options.ranks, ["step", *options.arguments, LAUNCHED, "--json", str(output)])
+        if status or not output.exists():
+            raise _JobFailed(f"{options.ranks} ranks ended with status {status}")
+        return [Row(**json.loads(line)) for line in output.read_text().splitlines()]
+
+
+def _run_rank(options: Options, trace: Trace | None) -> dict[str, Any]:
+    from bench.step.contest import measure  # loads torch, which takes a second
+
+    output = options.output
+    assert output is not None
+
+    def report(rows: list[Row]) -> None:
+        print_rows(rows)
+        with output.open("a") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+    with sc.init_group() as group:
+        measure(group, options, trace, report)
+    return {"passed": True}
+
+
+def _trace(options: Options) -> Trace | None:
+    if "recorded" not in options.routings:
+        return None
+    sizes = options.sizes
+    trace = load_trace(options.trace, sizes.experts)
+    trace.check_fits(sizes.layers, sizes.experts, sizes.top_k)
+    return trace
+
+
+def _record_routing(options: Options, path: Path) -> dict[str, Any]:
+    from bench.step.record import record_routing
+
+    trace = record_routing(options.sizes, options.train_steps, options.seed)
+    save_trace(trace, path)
+    print(f"# wrote {path}: {trace.origin}")
+    return {"passed": True}
+
+
+def _draw(rows: Sequence[Row], found: dict[str, Any], path: Path) -> None:
+    if not rows:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print('bench: expected matplotlib for the chart, try pip install "sparsecoll[bench]"', file=sys.stderr)
+        return
+    from bench.step.chart import draw_chart
+
+    draw_chart(rows, f"{found['command']}, {found['machine']['cpu']}, commit {found['commit']}", path)
+    print(f"# wrote {path}")

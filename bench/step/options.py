@@ -1,0 +1,167 @@
+"""The flags of the case, and what follows from them on every process alike."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.step.draws import ROUTINGS
+from bench.step.sizes import Sizes
+from sparsecoll.balance import BALANCERS
+
+__all__ = ["DDP", "EP", "FSDP2", "IDEAL", "LAUNCHED", "PARTS", "Options", "parse"]
+
+_ABOUT = (
+    "A training step of one model by every way to train it: FSSDP with each balancer, expert parallelism by hand, "
+    "FSDP2, DDP, and the ideal. They take turns, and results are compared in the same run."
+)
+
+# What follows this flag was added for a rank, and is not what a person gave.
+LAUNCHED = "--launched"
+
+PARTS = ("block", "step")
+EP, IDEAL, FSDP2, DDP = "ep", "ideal", "fsdp2", "ddp"
+
+RECORDED = Path(__file__).resolve().parents[1] / "data" / "routing.npz"
+
+_BACKENDS = {"gloo": "torch", "torch": "torch", "mpi": "mpi"}
+_BALANCERS = tuple(BALANCERS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person asked for.
+
+    Attributes:
+        arguments: the command line as given, without the case.
+        backends: ``torch`` (Gloo) and ``mpi``, in this order; the first gives the plain names of the summary.
+        every: FSDP2 and DDP, which are slow, take part in every so-many-th iteration.
+        trace: what ``recorded`` replays.
+        fssdp: further options of `sparsecoll.FSSDP`.
+        recorded_to: a routing is to be recorded into this file, and nothing measured.
+        train_steps: before that.
+        launched: this process is one of the ranks that this program has started.
+    """
+
+    arguments: tuple[str, ...]
+    backends: tuple[str, ...]
+    ranks: int
+    parts: tuple[str, ...]
+    routings: tuple[str, ...]
+    balancers: tuple[str, ...]
+    sizes: Sizes
+    iterations: int
+    warmup: int
+    every: int
+    seed: int
+    trace: Path
+    fssdp: dict[str, Any]
+    recorded_to: Path | None
+    train_steps: int
+    output: Path | None
+    launched: bool
+
+    @property
+    def command(self) -> str:
+        return " ".join(["python -m bench step", *self.arguments])
+
+    def contestants(self, backend: str) -> tuple[str, ...]:
+        """In the order in which they take turns; torch's own need torch's process groups."""
+        torchs_own = (FSDP2, DDP) if backend == "torch" else ()
+        return (EP, IDEAL, *self.balancers, *torchs_own)
+
+    def takes_turn(self, contestant: str, iteration: int) -> bool:
+        """Whether a contestant takes part in an iteration; all of them do in the last."""
+        last = self.warmup + self.iterations - 1
+        return contestant not in (FSDP2, DDP) or (last - iteration) % self.every == 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Reads the command line, or ends the program with a message that names the flag."""
+    parser = _parser()
+    found = parser.parse_args(list(arguments))
+    sizes = Sizes(
+        layers=found.layers,
+        experts=found.experts,
+        top_k=found.top_k,
+        width=found.width,
+        hidden=found.hidden,
+        tokens=found.tokens,
+        length=found.length,
+    )
+    if sizes.tokens % sizes.length:
+        parser.error(f"--tokens: expected a multiple of --length {sizes.length}, got {sizes.tokens}")
+    if sizes.experts % found.ranks:
+        parser.error(f"--experts: expected a multiple of --ranks {found.ranks}, got {sizes.experts}")
+    if sizes.top_k > sizes.experts:
+        parser.error(f"--top-k: expected at most --experts {sizes.experts}, got {sizes.top_k}")
+    listed = list(arguments)
+    return Options(
+        arguments=tuple(listed[: listed.index(LAUNCHED)] if LAUNCHED in listed else listed),
+        backends=tuple(dict.fromkeys(_BACKENDS[each] for each in found.backend)),
+        ranks=found.ranks,
+        parts=found.parts,
+        routings=found.routings,
+        balancers=found.balancers,
+        sizes=sizes,
+        iterations=found.iters,
+        warmup=found.warmup_iters,
+        every=found.every,
+        seed=found.seed,
+        trace=found.trace,
+        fssdp={},
+        recorded_to=found.record,
+        train_steps=found.train_steps,
+        output=found.json,
+        launched=found.launched,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench step", allow_abbrev=False, description=_ABOUT)
+    add, sizes = parser.add_argument, Sizes()
+    add("--backend", type=_some_of(_BACKENDS), default=("gloo", "mpi"), metavar="LIST", help="default gloo,mpi")
+    add("--ranks", type=_between(1, 64), default=2, metavar="N", help="default 2")
+    add("--parts", type=_some_of(PARTS), default=PARTS, metavar="LIST", help=f"default {','.join(PARTS)}")
+    add("--routings", type=_some_of(ROUTINGS), default=ROUTINGS, metavar="LIST", help=f"default {','.join(ROUTINGS)}")
+    add("--balancers", type=_some_of(BALANCERS), default=tuple(BALANCERS), metavar="LIST", help="of FSSDP; default all")
+    add("--layers", type=_between(1, 64), default=sizes.layers, metavar="N", help=f"default {sizes.layers}")
+    add("--experts", type=_between(1, 255), default=sizes.experts, metavar="N", help=f"default {sizes.experts}")
+    add("--top-k", type=_between(1, 255), default=sizes.top_k, metavar="N", help=f"default {sizes.top_k}")
+    add("--width", type=_between(8, 1 << 16), default=sizes.width, metavar="N", help=f"default {sizes.width}")
+    add("--hidden", type=_between(1, 1 << 16), default=sizes.hidden, metavar="N", help=f"default {sizes.hidden}")
+    add("--tokens", type=_between(1, 1 << 20), default=sizes.tokens, metavar="N", help="on each rank; default 2048")
+    add("--length", type=_between(1, 1 << 20), default=sizes.length, metavar="N", help="of a sequence; default 256")
+    add("-n", "--iters", type=_between(1, 10000), default=6, metavar="N", help="timed iterations; default 6")
+    add("-w", "--warmup_iters", type=_between(0, 10000), default=3, metavar="N", help="untimed ones before; default 3")
+    add("--every", type=_between(1, 10000), default=3, metavar="N", help="FSDP2 and DDP run in every N-th iteration")
+    add("--seed", type=_between(0, 1 << 31), default=0, metavar="N", help="of weights, tokens and routing")
+    add("--trace", type=Path, default=RECORDED, metavar="FILE", help="what the routing `recorded` replays")
+    add("--record", type=Path, metavar="FILE", help="train a model and record its routing into FILE, to be replayed")
+    add("--train-steps", type=_between(1, 1 << 20), default=240, metavar="N", help="before --record; default 240")
+    add("-J", "--json", type=Path, metavar="FILE", help="record in JSON, and a bar chart beside it")
+    add(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(text.split(",")))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected a list of {', '.join(known)}, got {name!r}")
+        return found
+
+    return names
+
+
+def _between(smallest: int, largest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not smallest <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} to {largest}, got {text!r}")
+        return int(text)
+
+    return number
