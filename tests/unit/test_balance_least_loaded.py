@@ -52,6 +52,15 @@ class TestByHand:
         problem = problem_of([60, 20, 25, 15], [0, 0, 1, 2])
         assert quotas_of(LeastLoaded(min_tokens=1), problem) == [[20, 15, 25], [20, 0, 0], [0, 25, 0], [0, 0, 15]]
 
+    def test_the_least_loaded_rank_is_filled_first(self) -> None:
+        problem = problem_of([50, 20, 10], [0, 1, 2])
+        assert quotas_of(LeastLoaded(min_tokens=1), problem) == [[27, 6, 17], [0, 20, 0], [0, 0, 10]]
+
+    def test_an_owner_hands_over_no_more_than_it_has_too_much(self) -> None:
+        """Capacity 45, and rank 1 has room for 45: 15 of expert 0 are enough."""
+        problem = problem_of([40, 20, 0], [0, 0, 1])
+        assert quotas_of(LeastLoaded(capacity=1.5, min_tokens=1), problem) == [[25, 15], [20, 0], [0, 0]]
+
     def test_an_expert_goes_as_a_whole_if_its_owner_has_no_room(self) -> None:
         problem = problem_of([30, 20, 10, 0], [0, 0, 0, 1])
         assert quotas_of(LeastLoaded(min_tokens=1), problem) == [[0, 30], [20, 0], [10, 0], [0, 0]]

@@ -61,6 +61,14 @@ class TestByHand:
         problem = Problem(loads, Placement.even(2, 2), make_costs(2, copy_assignments=copy_assignments))
         assert (check_answer(Quota(min_tokens=1, min_gain=0.0), problem).place != problem.base) == is_worth_it
 
+    @pytest.mark.parametrize(("token_assignments", "is_worth_it"), [(0.0, False), (0.5, True)])
+    def test_traffic_counts_beside_computing(self, token_assignments: float, is_worth_it: bool) -> None:
+        """A replica for 10 saves rank 1 a journey of 20 and rank 0 the computing of 10; the copy costs 12."""
+        loads = np.array([[20, 0], [20, 20]])
+        costs = make_costs(2, copy_assignments=12.0, token_assignments=token_assignments)
+        problem = Problem(loads, Placement.even(2, 2), costs)
+        assert (check_answer(Quota(min_tokens=1, min_gain=0.0), problem).place != problem.base) == is_worth_it
+
     def test_a_gain_of_some_percent_may_not_be_worth_it(self) -> None:
         loads = np.array([[52, 20], [0, 48]])
         problem = Problem(loads, Placement.even(2, 2), make_costs(2, copy_assignments=FREE))
