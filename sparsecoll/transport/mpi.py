@@ -4,7 +4,8 @@
 more than a yield of the processor between polls, so that an operation that moves megabytes never sleeps over its own
 progress, and ranks that share a core take turns; then with sleeps of a tenth of the time waited so far. Capped at
 0.2 ms they leave 93 % of the core to others. On another thread than the one that made the transport, where a wait
-runs beside the caller's compute, the sleeps begin almost at once.
+runs beside the caller's compute, the sleeps begin almost at once. What a caller leaves in flight while it computes is
+polled by a thread of the transport, see [Note: progress].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +32,8 @@ from sparsecoll.errors import (
     SparsecollError,
     TransportError,
 )
-from sparsecoll.transport.base import Operation, View
+from sparsecoll.transport.base import Message, Operation, View
+from sparsecoll.transport.progress import Progress
 from sparsecoll.transport.tagged import (
     NOTICE_TAG,
     NUM_PAYLOAD_TAGS,
@@ -85,6 +88,9 @@ class MpiTransport(TaggedTransport):
         self._abandoned: list[Request] = []
         self._control.Set_attr(self._mpi.Comm.Create_keyval(), self._abandoned)
         self._tracked: list[tuple[Request, Hashable]] = []
+        self._progress = Progress(f"sparsecoll-{self.rank}-progress")
+        # MPI must not end under a poll, so the thread of a transport that nobody closes ends before Python does.
+        weakref.finalize(self, self._progress.close)
 
     def _duplicate(self, comm: Any, operation: Operation) -> Any:
         duplicate, request = comm.Idup()
@@ -114,6 +120,17 @@ class MpiTransport(TaggedTransport):
             raise self._describe(exc.Get_error_code(), Request(None, peer, view, is_send), operation) from exc
         return Request(handle, peer, view, is_send)
 
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], operation: Operation) -> list[Any]:
+        requests = super().post(sends, receives, operation)
+        if self.supports_threads:
+            self._progress.posted(request.handle for request in requests)
+        return requests
+
+    def keep_going(self) -> None:
+        """Has what is in flight go on while the caller computes, until its end; see [Note: progress]."""
+        if self.supports_threads:
+            self._progress.leave()
+
     def track(self, request: Request, key: Hashable, operation: Operation) -> None:
         self._tracked.append((request, key))
 
@@ -128,7 +145,7 @@ class MpiTransport(TaggedTransport):
             found.extend(self._mpi.Request.Testsome(handles, statuses) or ())
             return bool(found)
 
-        with self._giving_up(requests, statuses, operation):
+        with self._waiting(requests, statuses, operation):
             self._poll(test, requests, operation)
             for status, position in zip(statuses, found, strict=False):
                 self._check_length(requests[position], status, operation)
@@ -139,7 +156,7 @@ class MpiTransport(TaggedTransport):
     def wait(self, requests: Sequence[Request], operation: Operation) -> None:
         handles = [request.handle for request in requests]
         statuses = [self._mpi.Status() for _ in requests]
-        with self._giving_up(requests, statuses, operation):
+        with self._waiting(requests, statuses, operation):
             self._poll(lambda: self._mpi.Request.Testall(handles, statuses), requests, operation)
             for request, status in zip(requests, statuses, strict=True):
                 self._check_length(request, status, operation)
@@ -169,8 +186,9 @@ class MpiTransport(TaggedTransport):
             raise self._error(TransportError, operation, text)
 
     @contextlib.contextmanager
-    def _giving_up(self, requests: Sequence[Request], statuses: Sequence[Any], operation: Operation) -> Iterator[None]:
-        """Translates what MPI raises, and keeps alive what it may still write to."""
+    def _waiting(self, requests: Sequence[Request], statuses: Sequence[Any], operation: Operation) -> Iterator[None]:
+        """Has requests to itself, translates what MPI raises, and keeps alive what it may still write to."""
+        self._progress.pause()
         try:
             yield
         except self._mpi.Exception as exc:
@@ -179,6 +197,8 @@ class MpiTransport(TaggedTransport):
         except SparsecollError:
             self._give_up(requests)
             raise
+        finally:
+            self._progress.go_on()
 
     def heard_abort(self) -> str | None:
         return self._listen() if self.supports_threads else None
@@ -227,8 +247,13 @@ class MpiTransport(TaggedTransport):
             return self._error(PeerFailure, operation, text)
         return self._error(TransportError, operation, f"expected the {request} to end, got {reason}")
 
+    def abort(self, reason: str) -> None:
+        self._progress.close()
+        super().abort(reason)
+
     def close(self) -> None:
         self._ending = self._ending or f"rank {self.rank} has closed it"
+        self._progress.close()
 
 
 def attached(comm: Any, make: Callable[[MpiTransport], T]) -> T:
