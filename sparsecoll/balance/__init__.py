@@ -1,5 +1,4 @@
-"""Balancers: loads → Placement and quotas. Predictors: past loads → loads of the next iteration. Pure, the same on every
-rank."""
+"""Balancers: loads → Placement and quotas. Predictors: past loads → those of the next forward. Pure integers and costs."""
 
 from sparsecoll.balance.base import Balance, Balancer
 from sparsecoll.balance.costs import Costs, Loads
