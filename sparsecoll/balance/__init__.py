@@ -1,4 +1,4 @@
-"""Balancers: loads → Placement and quotas. Predictors: past loads → those of the next forward. Pure integers and costs."""
+"""Balancers: loads → Placement and quotas. Predictors: past loads → those of the next forward. Pure functions."""
 
 from sparsecoll.balance.base import Balance, Balancer
 from sparsecoll.balance.costs import Costs, Loads
