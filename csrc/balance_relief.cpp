@@ -1,5 +1,6 @@
 // As sparsecoll/balance/relief.py, which says how and why.
 #include <algorithm>
+#include <cstddef>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -32,6 +33,7 @@ class Relieving {
     std::int64_t min_tokens_;
     std::vector<std::int64_t> load_, asked_, at_owner_;
     std::vector<std::size_t> by_owner_, begins_, busiest_;
+    bool has_replicas_;
     std::vector<char> is_sorted_;  // of ranks, whether their experts in by_owner_ are
     std::int64_t step_, near_mean_;
     // Of the last try.
@@ -50,6 +52,8 @@ Relieving::Relieving(const Layer& layer, std::int64_t min_tokens)
       by_owner_(layer.num_experts()),
       begins_(layer.world_size + 1),
       busiest_(layer.world_size),
+      has_replicas_(std::count(layer.holders, layer.holders + load_.size() * layer.world_size, true) >
+                    static_cast<std::ptrdiff_t>(load_.size())),
       is_sorted_(layer.world_size) {
     for (std::size_t rank = 0; rank < layer.world_size; ++rank) {
         const std::int64_t* row = layer.loads.data() + rank * load_.size();
@@ -91,11 +95,17 @@ std::span<const std::size_t> Relieving::owned(std::size_t rank) {
 
 // The moves of the least level below `above`, to a step.
 std::optional<Moves> Relieving::least_level(std::int64_t slots, std::int64_t above) {
-    if (is_near_mean(above)) return std::nullopt;
+    if (is_near_mean(above) || !(slots || has_replicas_)) return std::nullopt;
     if (find_moves(near_mean_, slots)) return std::move(moves_);
     std::optional<Moves> found;
-    for (std::int64_t below = near_mean_; above - below > step_;) {
-        const std::int64_t middle = below + (above - below) / 2;
+    std::int64_t below = near_mean_, stride = step_;
+    while (above - below > step_) {
+        std::int64_t middle = below + (above - below) / 2;
+        if (!found) {
+            // It is mostly near the mean: strides double from there until one is enough.
+            middle = std::min(middle, below + stride);
+            stride *= 2;
+        }
         if (find_moves(middle, slots)) {
             above = middle;
             found = std::move(moves_);

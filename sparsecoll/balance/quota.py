@@ -67,7 +67,7 @@ class Quota:
             mask = base.holders.copy()
             mask[moves[:, 0], moves[:, 1]] = True
             place = Placement(base.owners, mask)
-        if len(base.replicated()):
+        if np.count_nonzero(base.holders) > base.num_chunks:
             # Moves start at the owners; what other holders have of their own would travel there and back.
             return Balance(place, divide_loads(loads, place, costs.topology.node_of))
         return Balance(place, _quotas_of(loads, base, moves)) if best else Balance(base)

@@ -84,6 +84,7 @@ class _Relieving:
         self.world_size = holders.shape[1]
         self.load: list[int] = loads.sum(axis=0).tolist()
         self.held = [np.flatnonzero(mask).tolist() for mask in holders]
+        self.has_replicas = int(holders.sum()) > len(owners)
         self.at_owner = [0] * self.world_size
         self.owned: list[list[int]] = [[] for _ in range(self.world_size)]
         for expert in sorted(range(len(self.load)), key=lambda expert: (-self.load[expert], expert)):
@@ -97,14 +98,18 @@ class _Relieving:
 
     def least_level(self, slots: int, above: int) -> Moves | None:
         """The moves of the least level below ``above``, to a step; None if no such level is found."""
-        if above <= self.near_mean:
+        if above <= self.near_mean or not (slots or self.has_replicas):
             return None
         found = self.moves_at(self.near_mean, slots)
         if found is not None:
             return found
-        below = self.near_mean
+        below, stride = self.near_mean, self.step
         while above - below > self.step:
             middle = (below + above) // 2
+            if found is None:
+                # It is mostly near the mean: strides double from there until one is enough.
+                middle = min(middle, below + stride)
+                stride *= 2
             moves = self.moves_at(middle, slots)
             if moves is None:
                 below = middle
