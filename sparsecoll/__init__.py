@@ -19,7 +19,7 @@ from sparsecoll.topology import Link, Topology
 from sparsecoll.work import Work
 
 if TYPE_CHECKING:
-    from sparsecoll.fssdp import FSSDP, FSSDPModule
+    from sparsecoll.fssdp import FSSDP, FSSDPModule, JsonLinesWriter, StepRecord, TensorBoardWriter
     from sparsecoll.moe import Capacity
 
 __version__ = "0.1.0"
@@ -33,11 +33,14 @@ __all__ = [
     "FSSDPModule",
     "Group",
     "InvalidArgument",
+    "JsonLinesWriter",
     "Link",
     "PeerFailure",
     "Placement",
     "Plan",
     "SparsecollError",
+    "StepRecord",
+    "TensorBoardWriter",
     "Topology",
     "TransportError",
     "Work",
@@ -53,7 +56,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The wrapper needs torch, which users of the bare collectives may not have.
-    if name in ("FSSDP", "FSSDPModule"):
+    if name in ("FSSDP", "FSSDPModule", "JsonLinesWriter", "StepRecord", "TensorBoardWriter"):
         from sparsecoll import fssdp
 
         return getattr(fssdp, name)

@@ -11,6 +11,7 @@ from sparsecoll.balance.least_loaded import LeastLoaded
 from sparsecoll.balance.none import NoReplicas
 from sparsecoll.balance.predict import DecayingLoad, LastLoad, MeanLoad, Predictor, find_predictor
 from sparsecoll.balance.quota import Quota
+from sparsecoll.balance.sharding import Sharding, best_sharding, migration_bytes, shard_experts
 from sparsecoll.balance.traffic import predicted_s
 
 __all__ = [
@@ -29,8 +30,12 @@ __all__ = [
     "NoReplicas",
     "Predictor",
     "Quota",
+    "Sharding",
+    "best_sharding",
     "divide_loads",
     "find_balancer",
     "find_predictor",
+    "migration_bytes",
     "predicted_s",
+    "shard_experts",
 ]

@@ -80,7 +80,7 @@ class StackCall:
         """Moves ``source`` to ``destination``.
 
         Args:
-            source: of an all-gather, the chunks that this rank owns; of a reduce-scatter, those to which it contributes.
+            source: of an all-gather, the chunks that this rank owns; of a reduce-scatter, its contributions.
             destination: of an all-gather, those that it is to get, its own only where they are to be copied; of a
                 reduce-scatter, those that it owns, at their place in ``source`` or elsewhere.
             detached: the caller may drop its tensors between the two halves.

@@ -8,7 +8,7 @@ the very end of the engine's run waits for what is in flight and adds it to ``.g
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ class Backward:
 
     Attributes:
         averages_dense: whether dense gradients are averaged at the end; off while a user accumulates.
+        at_end: called when all gradients are set.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Backward:
                 nobody has one. Otherwise ranks ask each other, and what no rank has stays None.
         """
         self.averages_dense = True
+        self.at_end: Callable[[], None] = _nothing
         self._averages_missing = averages_missing
         self._group = group
         self._dense = list(dense)
@@ -141,6 +143,7 @@ class Backward:
                     _accumulate(weight, grad)
         if self.averages_dense and (self._group.world_size > 1 or self._averages_missing):
             self._average_dense()
+        self.at_end()
 
     def _average_dense(self) -> None:
         """Means of the dense gradients that any rank has; a rank without one contributes zeros."""
@@ -188,3 +191,7 @@ def _accumulate(weight: nn.Parameter, grad: Tensor) -> None:
         weight.grad = grad
     else:
         weight.grad += grad
+
+
+def _nothing() -> None:
+    pass

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsecoll.balance import Balancer, Costs, Predictor
 from sparsecoll.collectives.agreement import agree, digest_of
-from sparsecoll.errors import CollectiveMismatch, InvalidArgument
+from sparsecoll.errors import InvalidArgument
 from sparsecoll.fssdp.backward import Backward
-from sparsecoll.fssdp.dense import broadcast, gather_from_ranks
+from sparsecoll.fssdp.dense import broadcast
 from sparsecoll.fssdp.dispatch import FixedDispatcher, LoadDispatcher
-from sparsecoll.fssdp.layer import ShardedLayer, Shared, is_recomputing
-from sparsecoll.fssdp.measure import bytes_per_s, room_bytes
+from sparsecoll.fssdp.layer import ShardedLayer, Shared
+from sparsecoll.fssdp.measure import bytes_per_s
+from sparsecoll.fssdp.module import FSSDPModule
 from sparsecoll.fssdp.policy import Policy, Rematerialize, Sharding, Spread
 from sparsecoll.fssdp.pool import ReplicaPool
 from sparsecoll.fssdp.prefetch import PrefetchOrder
-from sparsecoll.fssdp.reports import LayerLoad, MemoryReport, memory_report
 from sparsecoll.fssdp.shard import shard_experts
+from sparsecoll.fssdp.state import State
 from sparsecoll.fssdp.timeline import Timeline
 from sparsecoll.group import Group, resolve_group
 from sparsecoll.moe import Capacity, MoELayer
 from sparsecoll.placement import Placement
-from sparsecoll.plan import Plan
 
-__all__ = ["FSSDP", "FSSDPModule"]
+__all__ = ["FSSDP"]
 
 _log = logging.getLogger("sparsecoll")
 
@@ -132,7 +131,7 @@ def FSSDP(
             if capacity is None
             else FixedDispatcher(layer, backward, agreed.policy.fixed[name], capacity.rows_per_expert)
         )
-    state = _State(shared, sharded, dense, backward, order)
+    state = State(module, shared, sharded, dense, backward, order)
     module.register_forward_pre_hook(lambda *_: state.before_forward())
     module.__class__ = type(f"FSSDP{type(module).__name__}", (FSSDPModule, type(module)), {})
     assert isinstance(module, FSSDPModule)
@@ -140,130 +139,6 @@ def FSSDP(
     if resolved.rank == 0:
         _log.info("FSSDP: %d MoE layers on %s: %s", len(sharded), resolved, ", ".join(sharded))
     return module
-
-
-class _State:
-    """What a wrapped module knows; not a sub-module, so that it adds no names."""
-
-    def __init__(
-        self,
-        shared: Shared,
-        layers: dict[str, ShardedLayer],
-        dense: list[nn.Parameter],
-        backward: Backward,
-        order: PrefetchOrder,
-    ) -> None:
-        self.shared = shared
-        self.group = shared.group
-        self.layers = layers
-        self.dense = dense
-        self.backward = backward
-        self.order = order
-
-    def before_forward(self) -> None:
-        """A forward of the whole model starts, or one that activation checkpointing runs again."""
-        shared = self.shared
-        if is_recomputing():
-            return
-        self.backward.watch()
-        if shared.policy.needs_room:
-            ranks_on_node = np.bincount(self.group.topology.node_of)[self.group.topology.node_of[self.group.rank]]
-            room = room_bytes(torch.device(self.group.device), int(ranks_on_node))
-            shared.room_bytes = room + shared.pool.free_bytes
-        self.order.begin()
-        shared.dense_begin = next(iter(self.layers.values())).meter.stamp()
-
-
-class FSSDPModule(nn.Module):
-    """What `FSSDP` adds to a module's class."""
-
-    _fssdp: _State
-
-    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
-        """Whether the next backwards average dense gradients over ranks; turn off for all but the last micro-batch.
-
-        Gradients of experts always travel to their owners, for no other rank could keep them.
-        """
-        self._fssdp.backward.averages_dense = requires_gradient_sync
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Scales all gradients so that their norm, over all ranks, is at most ``max_norm``.
-
-        Equals `torch.nn.utils.clip_grad_norm_` of one process: each expert counts once, at its owner, and each dense
-        parameter once.
-
-        Collective: all ranks call it.
-        Stream: on a GPU, in order on the current stream; the host waits only with ``error_if_nonfinite``.
-
-        Returns:
-            The norm before clipping, equal on all ranks; a scalar on the device of the gradients.
-
-        Raises:
-            InvalidArgument: ``norm_type`` is not positive.
-            RuntimeError: the norm is not finite and ``error_if_nonfinite``; on all ranks.
-        """
-        if not norm_type > 0:
-            raise InvalidArgument(f"clip_grad_norm_: expected norm_type > 0, got {norm_type}")
-        state = self._fssdp
-        experts = [w.grad for layer in state.layers.values() for w in layer.experts if w.grad is not None]
-        dense = [param.grad for param in state.dense if param.grad is not None]
-        device = next(self.parameters()).device
-        # Every rank adds up the same numbers in the same order, so that all get the same bits.
-        shares = gather_from_ranks(_power_sum(experts, norm_type, device), state.group)
-        shares = torch.cat([shares, _power_sum(dense, norm_type, device).view(1)])
-        total = shares.max() if math.isinf(norm_type) else shares.sum() ** (1 / norm_type)
-        if error_if_nonfinite and not math.isfinite(total):
-            raise RuntimeError(f"clip_grad_norm_: expected a finite norm of order {norm_type}, got {total}")
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # a NaN stays, as in torch
-        for grad in (*experts, *dense):
-            # Not a scalar tensor, for that would be rounded to 16 bits first.
-            factor = scale.to(torch.promote_types(grad.dtype, torch.float32)).view([1] * grad.ndim)
-            torch.mul(grad, factor, out=grad)
-        return total.to((experts or dense)[0].dtype if experts or dense else torch.get_default_dtype())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Each rank takes its own experts from a complete state dict, and everything else.
-
-        Collective: all ranks call it; if it fails on one, it raises on all.
-        """
-        group = self._fssdp.group
-        result, problem = None, None
-        try:
-            result = super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            problem = error
-        failed = [rank for rank, each in enumerate(group.exchange(bytes([problem is not None]))) if each[0]]
-        if problem is not None:
-            raise problem
-        if failed:
-            raise CollectiveMismatch(f"load_state_dict: failed on ranks {failed} {group.place_of_error}")
-        return result
-
-    def load_report(self) -> dict[str, LayerLoad]:
-        """Measurements of each layer's last iteration on this rank, by the layer's name."""
-        return {name: layer.load for name, layer in self._fssdp.layers.items()}
-
-    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
-        """Bytes in this rank's memory, with those of ``optimizer``'s state if it is given."""
-        return memory_report(self, self._fssdp.shared.pool, optimizer, self._fssdp.group.staging_bytes)
-
-    def last_plan(self, layer: str | MoELayer) -> Plan | None:
-        """The plan of a layer's last sparse all-gather, or None if it had no replicas yet.
-
-        Raises:
-            InvalidArgument: no such layer.
-        """
-        for name, sharded in self._fssdp.layers.items():
-            if layer == name or layer is sharded.layer:
-                return sharded.last_plan
-        raise InvalidArgument(f"last_plan: expected one of {', '.join(self._fssdp.layers)}, got {layer}")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise InvalidArgument("FSSDP: expected to be wrapped after copying; a wrapped module cannot be copied")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise InvalidArgument("FSSDP: expected state_dict() to be saved; a wrapped module cannot be pickled")
 
 
 class _Agreed(NamedTuple):
@@ -356,12 +231,3 @@ def _check_choices(policy: Policy, capacity: Capacity | None, layers: Mapping[st
 
 def _expert_bytes(layer: MoELayer) -> int:
     return sum(each.nbytes // each.shape[0] for each in layer.experts.weights)
-
-
-def _power_sum(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """Sum of the ``norm_type``-th powers of all elements, or their largest for the infinity norm: float64, scalar."""
-    norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in grads if grad.numel()]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    stacked = torch.stack(norms)
-    return stacked.max() if math.isinf(norm_type) else (stacked**norm_type).sum()

@@ -113,7 +113,7 @@ class ShardedLayer:
         self.fqn = fqn
         self.layer = layer
         self.shared = shared
-        self.base = base
+        self._base = base
         self.slices = shared.policy.slices(shared.group.world_size)
         # As they are before they are cut down to what this rank stores.
         self.expert_like = tuple(torch.empty_like(w[:0], requires_grad=False) for w in layer.experts.weights)
@@ -128,6 +128,17 @@ class ShardedLayer:
         self._records: deque[_Record] = deque(maxlen=_MOST_RECORDS)
         self._num_forwards = 0
         self._room_bytes = 0
+
+    @property
+    def base(self) -> Placement:
+        return self._base
+
+    @base.setter
+    def base(self, base: Placement) -> None:
+        """Experts have moved; what was computed before cannot be computed again."""
+        self._base = base
+        self._records.clear()
+        self.load.dense_bytes = self._dense_bytes()
 
     @property
     def group(self) -> Group:

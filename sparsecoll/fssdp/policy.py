@@ -61,11 +61,6 @@ class Policy:
         found = find_balancer(balancer), find_predictor(predictor)
         return cls(*found, calibrate, spread, rematerialize, sharding, given)  # type: ignore[arg-type]
 
-    @property
-    def needs_room(self) -> bool:
-        """Whether free memory decides anything."""
-        return not self.fixed
-
     def slices(self, world_size: int) -> int:
         """Into how many chunks an expert is cut."""
         return world_size if self.sharding == "slices" else 1

@@ -31,12 +31,15 @@ class PrefetchOrder:
         """Sets the order of backward; with an empty one it is that of the forward, turned round."""
         self._told_backward = list(layers) or None
 
+    def end(self) -> None:
+        """Ends what was gathered for forwards that did not come."""
+        for layer in dict.fromkeys(self._expected):
+            layer.drop_prefetch()
+
     def begin(self) -> None:
         """A forward of the whole model starts."""
         learned = self._seen or self._expected
         expected = self._told if self._told is not None else learned
-        for layer in dict.fromkeys(self._expected):
-            layer.drop_prefetch()
         self._expected, self._seen, self._last = list(expected), [], None
         self._issue_next()
 
