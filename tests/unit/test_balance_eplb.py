@@ -141,14 +141,21 @@ def test_by_hand() -> None:
 
 
 def test_replicas_go_to_nodes_without_their_expert() -> None:
-    """Node 1 is busier than the idle rank 1 beside the owner, and still gets the first replica."""
-    loads = np.tile([90, 0, 20, 20], (4, 1))
-    base = Placement.even(4, 4)
-    problem = Problem(loads, base, make_costs(Topology((0, 0, 1, 1))))
-    added = check_answer(Eplb(), problem).place.holders & ~base.holders
-    assert added[0, 2:].any()
-    flat = problem._replace(costs=make_costs(4), base=base)
-    assert check_answer(Eplb(), flat).place.holders[0, 1]
+    """Rank 1 is idle, but beside the owner of expert 0; of the other node rank 3 has least load."""
+    loads = np.tile([100, 0, 99, 98, 97], (4, 1))
+    base = Placement.of_owners([0, 1, 2, 3, 0], 4)
+    for topology, expected in ((Topology((0, 0, 1, 1)), 3), (Topology.flat(4), 1)):
+        added = check_answer(Eplb(), Problem(loads, base, make_costs(topology))).place.holders & ~base.holders
+        assert np.flatnonzero(added[0]).tolist() == [expected]
+
+
+def test_replicas_go_to_the_least_loaded_rank_by_then() -> None:
+    """Experts of rank 0 have shares of 33, 30, 40 and 35 in the end: the one of 40 goes to rank 1, 35 to rank 2."""
+    loads = np.array([[100, 90, 80, 70, 0, 5], [0] * 6, [0] * 6])
+    base = Placement.of_owners([0, 0, 0, 0, 1, 2], 3)
+    place = check_answer(Eplb(2), Problem(loads, base, make_costs(3))).place
+    assert place.holders[2].tolist() == [True, True, False]
+    assert place.holders[3].tolist() == [True, False, True]
 
 
 def test_memory_below_the_number_of_replicas() -> None:

@@ -66,14 +66,10 @@ def test_experts_are_everywhere_or_at_home_unless_memory_is_short(problem: Probl
     assert set(holders) <= {1, problem.base.world_size}
 
 
-@given(problems(replicas=False))
+@given(problems())
 def test_copies_that_nobody_needs_are_not_made(problem: Problem) -> None:
-    """Without the last copy it is slower; more memory, or a later start, never makes it slower."""
     answer = ask(Hecate(), problem).place
-    roomy = problem._replace(costs=replace(problem.costs, spare_experts=1 << 30))
-    assert total_s(roomy, ask(Hecate(), roomy).place) <= total_s(problem, answer)
-    if answer != problem.base:
-        assert total_s(problem, answer) < total_s(problem, problem.base)
+    assert answer == problem.base or total_s(problem, answer) < total_s(problem, problem.base)
 
 
 def hot_rank(hidden_copies: float, copy_assignments: float = 30.0, spare_experts: int = 1 << 30) -> Problem:
@@ -135,6 +131,15 @@ def test_slots_are_divided_by_load_and_over_nodes_first() -> None:
     assert added[0].tolist() == [False, True, True, False, True, True, False, False]
     assert added[7].tolist() == [True, False, False, True, False, False, True, False]
     assert predicted_s(loads, answer, problem.costs) < 0.5 * predicted_s(loads, Balance(base), problem.costs)
+
+
+def test_slots_beyond_the_number_of_ranks_go_to_others() -> None:
+    """Two slots on each of four ranks, 300 : 20 : 20 of load: the first needs three only, and leaves five."""
+    base = Placement.even(4, 4)
+    loads = np.tile([300, 20, 20, 0], (4, 1))
+    problem = Problem(loads, base, make_costs(4, hidden_copies=3.0, spare_experts=2))
+    added = check_answer(Hecate(), problem).place.holders & ~base.holders
+    assert added.sum(axis=1).tolist() == [3, 3, 2, 0]
 
 
 def test_memory_for_some_is_used_at_least_as_well_as_everywhere() -> None:

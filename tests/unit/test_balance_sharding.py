@@ -158,6 +158,26 @@ def test_by_hand_nodes_come_first() -> None:
     assert flat[0].owners[1] == 1
 
 
+def test_by_hand_the_busiest_layer_chooses_first() -> None:
+    """Both layers would leave rank 1 its two experts, but one has to go: of the layer without much load."""
+    loads = [np.array([[5, 3, 2]] * 2), np.array([[90, 10, 10]] * 2)]
+    new = shard_experts(loads, [Placement.of_owners([0, 1, 1], 2)] * 2, [make_costs(2)] * 2)
+    assert [place.owners.tolist() for place in new] == [[0, 1, 0], [0, 1, 1]]
+
+
+def test_by_hand_what_is_no_fuller_than_dealt_out_anew_stays() -> None:
+    """Dealing out 3, 3, 2, 2, 2 would give a rank 7 as well, if the mean is 6."""
+    current = [Placement.of_owners([0, 1, 0, 0, 1], 2)]
+    assert shard_experts([np.array([[3, 3, 2, 2, 2], [0] * 5])], current, [make_costs(2)]) == current
+
+
+def test_by_hand_experts_to_be_copied_go_where_fewest_of_them_are() -> None:
+    """Rank 0 has to give up two of four, and nobody else has to."""
+    current = [Placement.of_owners([0, 0, 1, 2, 0, 0], 3)]
+    new = shard_experts([np.array([[9, 8, 7, 6, 0, 0]] * 3)], current, [make_costs(3)], num_copied=[4])
+    assert new[0].owners.tolist() == [1, 2, 1, 2, 0, 0]
+
+
 def test_what_does_not_divide_evenly() -> None:
     """Ten experts on four ranks: those that have most now keep three."""
     current = [Placement.of_owners([3, 3, 3, 1, 1, 1, 0, 0, 0, 0], 4)]
@@ -207,6 +227,15 @@ def test_the_best_sharding_knows_what_the_balancer_copies() -> None:
     best = best_sharding(loads, current, costs, NoReplicas())
     assert best.owners[0].owners[0] != best.owners[0].owners[1]
     assert best.gain_s == pytest.approx(180 - 100)
+
+
+def test_the_best_sharding_expects_copies_that_pay() -> None:
+    """Nothing is hidden, yet the hottest experts are copied: owners are level without them."""
+    loads, current = [zipf_loads(8, 32, tokens=4096, seed=seed) for seed in range(4)], [Placement.even(32, 8)] * 4
+    costs = [make_costs(8, copy_assignments=300.0)] * 4
+    wrong = shard_experts(loads, current, costs)
+    assert sharding_gain_s(loads, current, wrong, Hecate(), costs) < 0
+    assert best_sharding(loads, current, costs, Hecate()).gain_s > 0
 
 
 def test_gain_counts_copies_that_are_seen() -> None:
