@@ -10,16 +10,12 @@ from pathlib import Path
 import sparsecoll as sc
 from bench.cluster.hosts import MOST_HOSTS
 from bench.cluster.placements import Scene, hot_scene, random_scenes
-from bench.cluster.rate import parse_rate, payload_bytes_per_s
+from bench.cluster.rate import link_of, parse_rate, topology_of
 
 __all__ = ["LAUNCHED", "Options", "parse"]
 
 # What follows this flag was added for a rank, and is not what a person gave.
 LAUNCHED = "--launched"
-
-_LATENCY_S = 1e-4
-# Traffic between ranks of a host is a copy by the kernel. What matters is that it is fast beside the links.
-_SCALE_UP = sc.Link(bandwidth_bytes_per_s=2e9, latency_s=1e-4)
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,12 @@ class Options:
     @property
     def link(self) -> sc.Link:
         """A host's link as payload sees it."""
-        return sc.Link(payload_bytes_per_s(self.rate_bits_per_s), _LATENCY_S)
+        return link_of(self.rate_bits_per_s)
 
     @property
     def topology(self) -> sc.Topology:
         """Ranks of a host next to each other, sharing the host's link."""
-        host_of = tuple(rank // self.ranks_per_host for rank in range(self.world_size))
-        shared = self.link if self.ranks_per_host > 1 else None
-        return sc.Topology(host_of, scale_up=_SCALE_UP, scale_out=self.link, node_link=shared)
+        return topology_of(self.num_hosts, self.ranks_per_host, self.rate_bits_per_s)
 
     @property
     def scenes(self) -> list[Scene]:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import faulthandler
 import gc
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +17,7 @@ from bench.cluster.baselines import Subgroups, baselines
 from bench.cluster.buffers import Buffers
 from bench.cluster.contestants import ALGORITHMS, OURS, Contestant, Ours
 from bench.cluster.hosts import INTERFACE
+from bench.cluster.leash import end_with, limited
 from bench.cluster.options import Options
 from bench.cluster.placements import Scene
 from bench.cluster.rows import Row
@@ -39,12 +33,10 @@ _SPAN_S = 1.0
 # The library gives up after the timeout and says on what. Whatever else hangs is ended here, that much later.
 _PATIENCE = 1.25
 
-_PR_SET_PDEATHSIG = 1
-
 
 def measure_all(options: Options, report: Callable[[Row], None]) -> None:
     """Measures all rows; rank 0 hands each to ``report`` as it comes."""
-    _die_with_launcher(options)
+    end_with(options.launcher)
     torch.set_num_threads(1)
     # As in timeit: a collection that happens to fall into a timed span says nothing about what is timed.
     gc.disable()
@@ -116,32 +108,5 @@ def _wire_bytes() -> int:
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
-@contextlib.contextmanager
-def _limited(what: str, options: Options) -> Iterator[None]:
-    """Ends this process if what follows takes too long; Gloo may hang. Errors tell in what they happened."""
-    limit_s = options.timeout_s * _PATIENCE
-    timer = threading.Timer(limit_s, _give_up, (f"expected the end of {what} within {limit_s:g} s",))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in {what}")
-        raise
-    finally:
-        timer.cancel()
-
-
-def _give_up(problem: str) -> None:
-    faulthandler.dump_traceback(all_threads=True)
-    print(problem, file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _die_with_launcher(options: Options) -> None:
-    """Also when the launcher is killed and can end nobody."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != options.launcher:
-        raise SystemExit("the launcher has ended")
+def _limited(what: str, options: Options) -> AbstractContextManager[None]:
+    return limited(what, options.timeout_s * _PATIENCE)
