@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import statistics
@@ -30,13 +31,13 @@ class FakeRequest:
     def __init__(self) -> None:
         self.num_asked = 0
         self.has_ended = self.is_told = False
-        self.may_answer = threading.Event()
-        self.may_answer.set()
+        self.may_answer: threading.Event | None = None
         self.problem: RuntimeError | None = None
 
     def Get_status(self) -> bool:
         self.num_asked += 1
-        assert self.may_answer.wait(LIMIT_S)
+        if self.may_answer is not None:
+            assert self.may_answer.wait(LIMIT_S)
         if self.problem is not None:
             raise self.problem
         return self.has_ended
@@ -109,14 +110,13 @@ def test_more_may_be_left_at_any_time(progress: Progress) -> None:
 def test_no_poll_while_the_owner_waits(progress: Progress) -> None:
     """The owner gets its requests when the poll that runs has returned, and has them to itself until it goes on."""
     request = FakeRequest()
-    request.may_answer.clear()
+    request.may_answer = threading.Event()
     progress.posted([request])
     progress.leave()
     until(lambda: request.num_asked == 1)
     threading.Timer(0.05, request.may_answer.set).start()
-    begin_s = time.monotonic()
     progress.pause()
-    assert time.monotonic() - begin_s > 0.02
+    assert request.may_answer.is_set()
     time.sleep(0.05)
     assert request.num_asked == 1
     progress.go_on()
@@ -149,7 +149,7 @@ def test_polls_are_seldom_when_nothing_moves(progress: Progress) -> None:
     progress.posted([request])
     progress.leave()
     time.sleep(0.3)
-    assert 0 < progress.num_polls < 1000
+    assert 0 < progress.num_polls < 10_000
 
 
 def test_closing_ends_the_thread(progress: Progress) -> None:
@@ -170,7 +170,7 @@ def test_closing_ends_the_thread(progress: Progress) -> None:
 def test_a_forked_process_closes_its_copy(progress: Progress) -> None:
     """Where the thread does not exist, and a poll may have been running for ever."""
     request = FakeRequest()
-    request.may_answer.clear()
+    request.may_answer = threading.Event()
     progress.posted([request])
     progress.leave()
     until(lambda: request.num_asked == 1)
@@ -282,11 +282,10 @@ def check_a_wait_in_vain_ends_in_time(transport: MpiTransport) -> None:
     op = Operation("in vain", 1, 0.3)
     requests = transport.post([], [Message(peer, poisoned(4321)) for peer in peers_of(transport)], op)
     transport.keep_going()
-    time.sleep(0.05)
-    assert transport._progress.num_polls > 0
+    until(lambda: transport._progress.num_polls > 0)
     with pytest.raises(CollectiveTimeout, match=r"receive from rank \d of 4321 bytes"):
         transport.wait(requests, op)
-    assert 0.3 <= time.monotonic() - op.started_s < 3.0
+    assert 0.3 <= time.monotonic() - op.started_s < LIMIT_S / 2
     transport.abort("in vain")
     assert not threads_of(transport)
 
@@ -325,6 +324,18 @@ def check_closing_with_messages_in_flight(transport: MpiTransport) -> None:
     transport.keep_going()
     assert len(threads_of(transport)) == 1
     transport.close()
+    assert not threads_of(transport)
+    del requests
+
+
+def check_a_forgotten_transport_stops(transport: MpiTransport) -> None:
+    op = Operation("unmatched", 1, LIMIT_S)
+    forgotten = MpiTransport(timeout_s=LIMIT_S)
+    requests = forgotten.post([], [Message(peer, poisoned(8)) for peer in peers_of(forgotten)], op)
+    forgotten.keep_going()
+    assert len(threads_of(forgotten)) == 1
+    del forgotten
+    gc.collect()
     assert not threads_of(transport)
     del requests
 
