@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import sparsecoll as sc
 from bench.launch import run_ranks
 from bench.report import write_record
+from bench.step.cluster import measure_on_host, run_on_hosts
 from bench.step.options import LAUNCHED, Options, parse
 from bench.step.report import now, print_footer, print_header, print_rows, print_tables, record
 from bench.step.rows import Row
@@ -33,12 +35,13 @@ def run(arguments: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         InvalidArgument: the recorded routing cannot be read, or does not fit the model.
+        BackendUnavailable: hosts were asked for, and this machine cannot make any.
     """
     options = parse(arguments)
     if options.recorded_to is not None:
         return _record_routing(options, options.recorded_to)
     trace = _trace(options)
-    if options.launched:
+    if options.launcher is not None:
         return _run_rank(options, trace)
     return _run_all(options, trace)
 
@@ -48,13 +51,19 @@ def _run_all(options: Options, trace: Trace | None) -> dict[str, Any]:
     print_header(options, None if trace is None else trace.origin)
     rows: list[Row] = []
     errors: list[str] = []
-    for backend in options.backends:
-        try:
-            rows += _run_over(backend, options)
-        except (sc.BackendUnavailable, _JobFailed) as error:
-            errors.append(f"{backend}: {error}")
+    of_hosts: dict[str, Any] = {}
+    if options.on_cluster:
+        seen = run_on_hosts(options)
+        rows, errors = seen.rows, [] if seen.problem is None else [seen.problem]
+        of_hosts = {"choice": seen.choice, "dropped_packets": seen.dropped_packets}
+    else:
+        for backend in options.backends:
+            try:
+                rows += _run_over(backend, options)
+            except (sc.BackendUnavailable, _JobFailed) as error:
+                errors.append(f"{backend}: {error}")
     print_tables(rows)
-    found = record(options, rows, errors, start_time)
+    found = record(options, rows, errors, start_time) | of_hosts
     if options.output is not None:
         write_record(found, options.output)
         _draw(rows, found, options.output.with_suffix(".png"))
@@ -69,14 +78,16 @@ class _JobFailed(Exception):
 def _run_over(backend: str, options: Options) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="sparsecoll-bench-") as folder:
         output = Path(folder, "rows.jsonl")
-        status = run_ranks(backend, options.ranks, ["step", *options.arguments, LAUNCHED, "--json", str(output)])
+        status = run_ranks(
+            backend, options.ranks, ["step", *options.arguments, LAUNCHED, str(os.getpid()), "--json", str(output)]
+        )
         if status or not output.exists():
             raise _JobFailed(f"{options.ranks} ranks ended with status {status}")
         return [Row(**json.loads(line)) for line in output.read_text().splitlines()]
 
 
 def _run_rank(options: Options, trace: Trace | None) -> dict[str, Any]:
-    from bench.step.contest import measure  # loads torch, which takes a second
+    from bench.step.contest import measure, settle  # loads torch, which takes a second
 
     output = options.output
     assert output is not None
@@ -86,6 +97,10 @@ def _run_rank(options: Options, trace: Trace | None) -> dict[str, Any]:
         with output.open("a") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
+    if options.on_cluster:
+        measure_on_host(options, trace, report)
+        return {"passed": True}
+    settle()
     with sc.init_group() as group:
         measure(group, options, trace, report)
     return {"passed": True}

@@ -17,8 +17,8 @@ from bench.step.rows import Row
 __all__ = ["draw_chart"]
 
 # Okabe and Ito's palette, which does not depend on seeing red and green.
-_COLORS = {EP: "#D55E00", IDEAL: "#000000", FSDP2: "#999999", DDP: "#CCCCCC"}
-_BLUES = ("#00466E", "#0072B2", "#3D95CC", "#56B4E9", "#8FD0F2", "#009E73", "#66C7A8")
+_COLORS = {EP: "#D55E00", IDEAL: "#000000", "none": "#009E73", FSDP2: "#999999", DDP: "#CCCCCC"}
+_BLUES = ("#00466E", "#0072B2", "#3D95CC", "#56B4E9", "#8FD0F2")
 _QUIET = "#666666"
 _STYLE: Any = {
     "font.size": 9,

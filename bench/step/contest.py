@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor
 
 import sparsecoll as sc
+from bench.cluster.leash import limited
 from bench.step.contestants import Contestant, Fssdp, enter
 from bench.step.draws import Spot, draw
+from bench.step.exposure import alone_s
 from bench.step.model import make_model
 from bench.step.options import EP, IDEAL, Options
 from bench.step.replay import set_routes
 from bench.step.rows import Row
 from bench.step.traces import Trace
 
-__all__ = ["measure"]
+__all__ = ["measure", "settle"]
 
 
 class _Batch(NamedTuple):
@@ -44,11 +47,14 @@ class _Outcome(NamedTuple):
     input_gradient: Tensor | None
 
 
+def settle() -> None:
+    """Makes times say something: one thread, and no garbage collector that happens to fall into a timed span."""
+    torch.set_num_threads(1)
+    gc.disable()
+
+
 def measure(group: sc.Group, options: Options, trace: Trace | None, report: Callable[[list[Row]], None]) -> None:
     """Measures all rows; rank 0 hands those of one part and routing to ``report`` as they come."""
-    torch.set_num_threads(1)
-    # As in timeit: a collection that happens to fall into a timed span says nothing about what is timed.
-    gc.disable()
     for part in options.parts:
         model = make_model(part, options.sizes, options.seed)
         for routing in options.routings:
@@ -73,6 +79,7 @@ def _contest(
     trace: Trace | None,
 ) -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    exposed: dict[str, list[float]] = {name: [] for name in contestants}
     differences: dict[str, dict[str, float]] = {name: {} for name in contestants}
     for iteration in range(options.warmup + options.iterations):
         batch = _draw(part, routing, iteration, group, options, trace)
@@ -81,9 +88,11 @@ def _contest(
         outcomes = {}
         for name in names if iteration % 2 == 0 else reversed(names):
             set_routes(contestants[name].model, batch.routes["balanced" if name == IDEAL else routing])
-            seconds, outcomes[name] = _timed(group, contestants[name], batch)
+            with limited(f"{part} {routing} {name}", options.timeout_s):
+                seconds, outcomes[name] = _timed(group, contestants[name], batch)
             if iteration >= options.warmup:
                 times[name].append(seconds)
+                exposed[name].append(contestants[name].exposed_s())
         is_last = iteration == options.warmup + options.iterations - 1
         for name in set(names) - {EP, IDEAL}:
             found = _compare(outcomes[name], outcomes[EP])
@@ -92,26 +101,24 @@ def _contest(
                 found["gradients"] = max(_difference(ours, theirs) for ours, theirs in pairs)
             for key, value in found.items():
                 differences[name][key] = max(differences[name].get(key, 0.0), value)
-    return [
-        _row(group, part, routing, name, contestant, times[name], differences[name])
-        for name, contestant in contestants.items()
-    ]
+    rows = []
+    for name, contestant in contestants.items():
+        largest = {key: _largest(group, value) for key, value in sorted(differences[name].items())}
+        row = Row(group.backend, part, routing, name, times[name], largest)
+        rows.append(_with_reports(row, contestant, exposed[name]) if isinstance(contestant, Fssdp) else row)
+    return rows
 
 
-def _row(
-    group: sc.Group,
-    part: str,
-    routing: str,
-    name: str,
-    contestant: Contestant,
-    times_s: list[float],
-    differences: dict[str, float],
-) -> Row:
-    largest = {key: _largest(group, value) for key, value in sorted(differences.items())}
-    row = Row(group.backend, part, routing, name, times_s, largest)
-    if not isinstance(contestant, Fssdp):
-        return row
-    return row.of_fssdp(list(contestant.wrapped.load_report().values()), group)
+def _with_reports(row: Row, contestant: Fssdp, exposed_s: list[float]) -> Row:
+    """A row with what FSSDP says of itself; all ranks call it."""
+    group, loads = contestant.group, list(contestant.wrapped.load_report().values())
+    return replace(
+        row,
+        imbalance=float(np.mean([load.imbalance_after for load in loads])),
+        sparse_bytes=group.mean(sum(load.sparse_bytes for load in loads)),
+        exposed_s=float(np.median([group.mean(each) for each in exposed_s])),
+        alone_s=alone_s(contestant.wrapped, group),
+    )
 
 
 def _draw(part: str, routing: str, iteration: int, group: sc.Group, options: Options, trace: Trace | None) -> _Batch:

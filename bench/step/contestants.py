@@ -55,6 +55,10 @@ class Contestant:
         """Of this rank's own loss; None for inputs that have none."""
         return inputs.grad
 
+    def exposed_s(self) -> float:
+        """For which this rank waited for sparse collectives in the last step."""
+        return 0.0
+
     def gradients(self) -> list[Tensor]:
         """Those of dense parameters, whole and in the model's order, then for each layer those of this rank's experts.
 
@@ -82,6 +86,11 @@ class Fssdp(Contestant):
     def __init__(self, model: nn.Module, group: sc.Group, optimizes: bool, **options: Any) -> None:
         self.wrapped = sc.FSSDP(model, group=group, **options)
         super().__init__(self.wrapped, group, optimizes)
+
+    def exposed_s(self) -> float:
+        report = self.wrapped.step_report()
+        assert report is not None
+        return report.exposed_s
 
     def own_rows(self, weight: Tensor) -> Tensor:
         return _gradient(weight)

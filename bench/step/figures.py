@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from bench.step.options import DDP, EP, FSDP2, IDEAL
 from bench.step.rows import Row
 
-__all__ = ["best_balancers", "summarize", "times_of"]
+__all__ = ["best_balancers", "summarize", "summarize_hiding", "times_of"]
 
 _RIVALS = (EP, IDEAL, FSDP2, DDP)
 _PREFIXES = {"torch": "", "mpi": "mpi_"}
@@ -46,6 +46,20 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
                     summary[f"{_prefix(contest)}_{rival}_over_{name}"] = times[rival] / ours_s
             summary[f"{_prefix(contest)}_{name}_over_ideal"] = ours_s / times[IDEAL]
     return summary
+
+
+def summarize_hiding(rows: Sequence[Row]) -> dict[str, float]:
+    """``hidden_fraction`` and ``exposed_s`` of the best balancer, where least is hidden.
+
+    Fractions are of the time that a step's sparse collectives take alone; a step without any is left out.
+    """
+    best = best_balancers(rows)
+    found = [row for row in rows if best.get(_prefix((row.backend, row.part, row.routing))) == row.contestant]
+    hidden = [(row.hidden_fraction, row.exposed_s) for row in found if row.hidden_fraction is not None]
+    if not hidden:
+        return {}
+    fraction, exposed_s = min(hidden)
+    return {"hidden_fraction": fraction, "exposed_s": exposed_s}
 
 
 def _prefix(contest: Contest) -> str:

@@ -13,7 +13,7 @@ from bench.step.replay import replay_routers
 from bench.step.sizes import Sizes
 from sparsecoll.moe import MoELayer
 
-__all__ = ["Blocks", "LanguageModel", "make_model", "units_of"]
+__all__ = ["Block", "Blocks", "LanguageModel", "make_model", "units_of"]
 
 
 class Blocks(nn.Module):
@@ -44,11 +44,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, L, D]`` to ``[N, L, D]``."""
+        x = self.attend(x)
+        return x + self.moe(self.moe_norm(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What precedes the experts."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(-2))
-        return x + self.moe(self.moe_norm(x))
+        return x + self.out(mixed.transpose(1, 2).flatten(-2))
 
 
 class LanguageModel(nn.Module):

@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import sparsecoll as sc
+from bench.cluster.hosts import MOST_HOSTS
+from bench.cluster.rate import parse_rate
 from bench.step.draws import ROUTINGS
 from bench.step.sizes import Sizes
 from sparsecoll.balance import BALANCERS
@@ -28,7 +31,19 @@ EP, IDEAL, FSDP2, DDP = "ep", "ideal", "fsdp2", "ddp"
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "routing.npz"
 
 _BACKENDS = {"gloo": "torch", "torch": "torch", "mpi": "mpi"}
-_BALANCERS = tuple(BALANCERS)
+
+
+class _Usual(NamedTuple):
+    """What is measured if nobody says otherwise."""
+
+    backend: tuple[str, ...]
+    parts: tuple[str, ...]
+    routings: tuple[str, ...]
+    balancers: tuple[str, ...]
+
+
+_HERE = _Usual(("gloo", "mpi"), PARTS, ROUTINGS, tuple(BALANCERS))
+_CLUSTER = _Usual(("gloo",), ("step",), ("zipf12",), ("hecate", "none"))
 
 
 @dataclass(frozen=True)
@@ -37,13 +52,16 @@ class Options:
 
     Attributes:
         arguments: the command line as given, without the case.
-        backends: ``torch`` (Gloo) and ``mpi``, in this order; the first gives the plain names of the summary.
+        backends: of ``torch`` (Gloo) and ``mpi``, one after the other.
         every: FSDP2 and DDP, which are slow, take part in every so-many-th iteration.
         trace: what ``recorded`` replays.
         fssdp: further options of `sparsecoll.FSSDP`.
         recorded_to: a routing is to be recorded into this file, and nothing measured.
         train_steps: before that.
-        launched: this process is one of the ranks that this program has started.
+        rate_bits_per_s: on a cluster, of every host's link, in each direction; None without one.
+        chooses_length: the length of sequences is for the ranks to choose.
+        timeout_s: for any single step.
+        launcher: the process that started this rank; None in the process that a person started.
     """
 
     arguments: tuple[str, ...]
@@ -62,7 +80,15 @@ class Options:
     recorded_to: Path | None
     train_steps: int
     output: Path | None
-    launched: bool
+    rate_bits_per_s: int | None
+    chooses_length: bool
+    timeout_s: float
+    launcher: int | None
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether each rank has a host of its own, with a limited link."""
+        return self.rate_bits_per_s is not None
 
     @property
     def command(self) -> str:
@@ -90,22 +116,28 @@ def parse(arguments: Sequence[str]) -> Options:
         width=found.width,
         hidden=found.hidden,
         tokens=found.tokens,
-        length=found.length,
+        length=found.length or Sizes.length,
     )
+    ranks = found.hosts if found.cluster else found.ranks
     if sizes.tokens % sizes.length:
         parser.error(f"--tokens: expected a multiple of --length {sizes.length}, got {sizes.tokens}")
-    if sizes.experts % found.ranks:
-        parser.error(f"--experts: expected a multiple of --ranks {found.ranks}, got {sizes.experts}")
+    if sizes.experts % ranks:
+        parser.error(f"--experts: expected a multiple of {ranks} ranks, got {sizes.experts}")
     if sizes.top_k > sizes.experts:
         parser.error(f"--top-k: expected at most --experts {sizes.experts}, got {sizes.top_k}")
+    try:
+        rate = parse_rate(found.rate) if found.cluster else None
+    except sc.InvalidArgument as error:
+        parser.error(str(error))
+    usual = _CLUSTER if found.cluster else _HERE
     listed = list(arguments)
     return Options(
         arguments=tuple(listed[: listed.index(LAUNCHED)] if LAUNCHED in listed else listed),
-        backends=tuple(dict.fromkeys(_BACKENDS[each] for each in found.backend)),
-        ranks=found.ranks,
-        parts=found.parts,
-        routings=found.routings,
-        balancers=found.balancers,
+        backends=tuple(dict.fromkeys(_BACKENDS[each] for each in found.backend or usual.backend)),
+        ranks=ranks,
+        parts=found.parts or usual.parts,
+        routings=found.routings or usual.routings,
+        balancers=found.balancers or usual.balancers,
         sizes=sizes,
         iterations=found.iters,
         warmup=found.warmup_iters,
@@ -116,25 +148,33 @@ def parse(arguments: Sequence[str]) -> Options:
         recorded_to=found.record,
         train_steps=found.train_steps,
         output=found.json,
-        launched=found.launched,
+        rate_bits_per_s=rate,
+        chooses_length=found.cluster and found.length is None,
+        timeout_s=found.timeout,
+        launcher=found.launched,
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench step", allow_abbrev=False, description=_ABOUT)
     add, sizes = parser.add_argument, Sizes()
-    add("--backend", type=_some_of(_BACKENDS), default=("gloo", "mpi"), metavar="LIST", help="default gloo,mpi")
+
+    def usual(name: str) -> str:
+        here, there = (",".join(getattr(each, name)) for each in (_HERE, _CLUSTER))
+        return f"{here}, on a cluster {there}"
+
+    add("--backend", type=_some_of(_BACKENDS), metavar="LIST", help=f"default {usual('backend')}")
     add("--ranks", type=_between(1, 64), default=2, metavar="N", help="default 2")
-    add("--parts", type=_some_of(PARTS), default=PARTS, metavar="LIST", help=f"default {','.join(PARTS)}")
-    add("--routings", type=_some_of(ROUTINGS), default=ROUTINGS, metavar="LIST", help=f"default {','.join(ROUTINGS)}")
-    add("--balancers", type=_some_of(BALANCERS), default=tuple(BALANCERS), metavar="LIST", help="of FSSDP; default all")
+    add("--parts", type=_some_of(PARTS), metavar="LIST", help=f"default {usual('parts')}")
+    add("--routings", type=_some_of(ROUTINGS), metavar="LIST", help=f"default {usual('routings')}")
+    add("--balancers", type=_some_of(BALANCERS), metavar="LIST", help=f"default {usual('balancers')}")
     add("--layers", type=_between(1, 64), default=sizes.layers, metavar="N", help=f"default {sizes.layers}")
     add("--experts", type=_between(1, 255), default=sizes.experts, metavar="N", help=f"default {sizes.experts}")
     add("--top-k", type=_between(1, 255), default=sizes.top_k, metavar="N", help=f"default {sizes.top_k}")
     add("--width", type=_between(8, 1 << 16), default=sizes.width, metavar="N", help=f"default {sizes.width}")
     add("--hidden", type=_between(1, 1 << 16), default=sizes.hidden, metavar="N", help=f"default {sizes.hidden}")
     add("--tokens", type=_between(1, 1 << 20), default=sizes.tokens, metavar="N", help="on each rank; default 2048")
-    add("--length", type=_between(1, 1 << 20), default=sizes.length, metavar="N", help="of a sequence; default 256")
+    add("--length", type=_between(1, 1 << 20), metavar="N", help="of a sequence; default 256, on a cluster what hides")
     add("-n", "--iters", type=_between(1, 10000), default=6, metavar="N", help="timed iterations; default 6")
     add("-w", "--warmup_iters", type=_between(0, 10000), default=3, metavar="N", help="untimed ones before; default 3")
     add("--every", type=_between(1, 10000), default=3, metavar="N", help="FSDP2 and DDP run in every N-th iteration")
@@ -143,7 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--record", type=Path, metavar="FILE", help="train a model and record its routing into FILE, to be replayed")
     add("--train-steps", type=_between(1, 1 << 20), default=240, metavar="N", help="before --record; default 240")
     add("-J", "--json", type=Path, metavar="FILE", help="record in JSON, and a bar chart beside it")
-    add(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
+    add("--cluster", action="store_true", help="a rank on each of some emulated hosts with slow links")
+    add("--hosts", type=_between(2, MOST_HOSTS), default=4, metavar="N", help="of a cluster; default 4")
+    add("--rate", default="1gbit", metavar="R", help="of each host's link, each direction; default 1gbit")
+    add("-T", "--timeout", type=_between(1, 3600), default=120, metavar="S", help="for any single step; default 120")
+    add(LAUNCHED, type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 import sparsecoll as sc
+from bench.cluster.rate import link_of
 from bench.machine import commit, describe
-from bench.step.figures import best_balancers, summarize, times_of
+from bench.step.figures import best_balancers, summarize, summarize_hiding, times_of
 from bench.step.options import DDP, EP, FSDP2, IDEAL, Options
 from bench.step.rows import TOLERANCE, Row
 
@@ -30,9 +31,11 @@ _COLUMNS = {
     "x/ideal": 7,
     "imbal": 6,
     "sparse": 10,
+    "exposed": 8,
+    "alone": 8,
     "diff": 8,
 }
-_UNITS = dict.fromkeys(("time", "p5", "p95"), "(ms)") | {"sparse": "(B)"}
+_UNITS = dict.fromkeys(("time", "p5", "p95", "exposed", "alone"), "(ms)") | {"sparse": "(B)"}
 _MILLI = 1e3
 
 
@@ -51,14 +54,21 @@ def print_header(options: Options, origin: str | None) -> None:
     _say(f"# sparsecoll {sc.__version__}, commit {commit() or 'unknown'}")
     _say(f"# torch {found['torch']}, mpi4py {found['mpi4py']}, Python {found['python']}, NumPy {found['numpy']}")
     _say(f"# {options.ranks} ranks, one thread each, on {found['usable_cores']} usable cores of {found['cpu']}")
+    if options.rate_bits_per_s is not None:
+        link = link_of(options.rate_bits_per_s)
+        _say(
+            f"# each on an emulated host with a link of {options.rate_bits_per_s / 1e6:g} Mbit/s in each direction, "
+            f"{link.bandwidth_bytes_per_s / 1e6:.1f} MB/s of payload"
+        )
     _say(
         f"# {sizes.layers} layers of {sizes.experts} experts, top-{sizes.top_k}, width {sizes.width}, hidden "
         f"{sizes.hidden}, {sizes.tokens} tokens on each rank, float32"
     )
+    length = "a length that ranks choose" if options.chooses_length else f"{sizes.length} tokens"
     _say(
         "# block: the MoE layers, forward and backward; step: a language model around them (embedding, causal attention"
     )
-    _say(f"# over {sizes.length} tokens, norms, head, loss) and AdamW, from zero_grad to the updated weights.")
+    _say(f"# over {length}, norms, head, loss) and AdamW, from zero_grad to the updated weights.")
     _say(
         "# EP: expert parallelism by hand over the back end's own collectives; ideal: the same under balanced routing."
     )
@@ -68,6 +78,10 @@ def print_header(options: Options, origin: str | None) -> None:
         f"# iters: {options.iterations} after {options.warmup} untimed, FSDP2 and DDP in every {options.every}.; all "
         "take turns; time: median of the slowest rank's."
     )
+    _say(
+        "# sparse: sent for replicas and their gradients; exposed: waited for them, mean over ranks; alone: what they take"
+    )
+    _say("# with nothing else to do.")
     _say(f"# diff: largest relative difference of outputs and gradients to EP's, at most {TOLERANCE:g}.")
     _say(f"# seed: {options.seed}")
     _say(f"# Command: {options.command}")
@@ -93,6 +107,8 @@ def print_rows(rows: Sequence[Row]) -> None:
             "x/ideal": f"{row.time_s / times[IDEAL]:.3f}",
             "imbal": "-" if row.imbalance is None else f"{row.imbalance:.3f}",
             "sparse": "-" if row.sparse_bytes is None else f"{row.sparse_bytes:.0f}",
+            "exposed": "-" if row.exposed_s is None else f"{row.exposed_s * _MILLI:.1f}",
+            "alone": "-" if row.alone_s is None else f"{row.alone_s * _MILLI:.1f}",
             "diff": f"{max(row.differences.values()):.1e}" if row.differences else "-",
         }
         _say(_join(cells))
@@ -116,7 +132,7 @@ def print_tables(rows: Sequence[Row]) -> None:
 def print_footer(found: Mapping[str, Any]) -> None:
     """The summary of a `record`, without the figures of single balancers, which the tables have."""
     for name, value in found["summary"].items():
-        if "fssdp" in name:
+        if not any(f"_{balancer}" in name for balancer in found["config"]["balancers"]):
             _say(f"# {name} {value:.3f}")
     for error in found["errors"]:
         _say(f"# {error}")
@@ -130,7 +146,7 @@ def record(options: Options, rows: Sequence[Row], errors: Sequence[str], start_t
         "case": "step",
         "command": options.command,
         "passed": bool(rows) and not errors and all(row.is_right for row in rows),
-        "summary": summarize(rows),
+        "summary": summarize(rows) | (summarize_hiding(rows) if options.on_cluster else {}),
         "best": best_balancers(rows),
         "version": sc.__version__,
         "commit": commit(),
@@ -150,6 +166,7 @@ def record(options: Options, rows: Sequence[Row], errors: Sequence[str], start_t
             "every": options.every,
             "trace": options.trace.name,
             "tolerance": TOLERANCE,
+            "rate_bits_per_s": options.rate_bits_per_s,
             **options.fssdp,
         },
         "results": [row.record() for row in rows],

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-
-import sparsecoll as sc
 
 __all__ = ["TOLERANCE", "Row"]
 
@@ -29,6 +26,9 @@ class Row:
         imbalance: of FSSDP, what the busiest rank computed over the mean, in assignments; mean over layers, last
             iteration.
         sparse_bytes: of FSSDP, sent for replicas and their gradients in the last iteration, mean over ranks.
+        exposed_s: of FSSDP, for which a rank waited for sparse collectives; mean over ranks, median over iterations.
+        alone_s: of FSSDP, what the sparse collectives of the last iteration take with nothing else to do, one after
+            the other; for each the slowest rank.
     """
 
     backend: str
@@ -39,19 +39,18 @@ class Row:
     differences: dict[str, float] = field(default_factory=dict)
     imbalance: float | None = None
     sparse_bytes: float | None = None
-
-    def of_fssdp(self, loads: Sequence[Any], group: sc.Group) -> Row:
-        """With what the layers of FSSDP report; all ranks call it."""
-        return replace(
-            self,
-            imbalance=float(np.mean([load.imbalance_after for load in loads])),
-            sparse_bytes=group.mean(sum(load.sparse_bytes for load in loads)),
-        )
+    exposed_s: float | None = None
+    alone_s: float | None = None
 
     @property
     def time_s(self) -> float:
         """The median."""
         return float(np.median(self.times_s))
+
+    @property
+    def hidden_fraction(self) -> float | None:
+        """How much of the sparse collectives' time nobody sees; None where there were none."""
+        return 1 - self.exposed_s / self.alone_s if self.alone_s and self.exposed_s is not None else None
 
     @property
     def is_right(self) -> bool:
@@ -61,4 +60,5 @@ class Row:
     def record(self) -> dict[str, Any]:
         """For the JSON."""
         p5, p95 = np.quantile(self.times_s, [0.05, 0.95])
-        return {**asdict(self), "time_s": self.time_s, "p5_s": float(p5), "p95_s": float(p95), "right": self.is_right}
+        derived = {"time_s": self.time_s, "p5_s": float(p5), "p95_s": float(p95), "right": self.is_right}
+        return {**asdict(self), **derived, "hidden_fraction": self.hidden_fraction}
