@@ -404,10 +404,13 @@ class ShardedLayer:
         if self.fqn in self.shared.policy.costs:
             return
         computing = assignment_ps[assignment_ps > 0]
+        # Where ranks copy through the memory of one machine, copies take the cores that are to hide them.
+        topology = self.group.topology
+        hides = self.group.is_stream_ordered or topology.num_nodes > 1 or not topology.shared_memory
         keeps = 2 if self.shared.policy.rematerialize else self.shared.num_layers + 1
         self.costs = replace(
             self.costs,
-            hidden_s=int(dense_ns.min()) * 1e-9,
+            hidden_s=int(dense_ns.min()) * 1e-9 if hides else 0.0,
             token_s=(int(computing.sum()) // len(computing)) * 1e-12 if len(computing) else 0.0,
             spare_experts=self._room_bytes // (keeps * self.expert_bytes),
         )
