@@ -11,7 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sparsecoll as sc
 from sparsecoll.balance import Balance, Balancer, Costs, Loads, NoReplicas
@@ -42,11 +43,13 @@ __all__ = [
     "check_bytes",
     "check_capacity",
     "check_disagreement",
+    "check_options",
     "check_parity",
     "check_script",
     "check_state_dict",
     "notes_of_one_process",
     "owned_rows",
+    "recompute",
     "train",
 ]
 
@@ -318,6 +321,14 @@ def accumulate(run: Run) -> None:
         run.update()
 
 
+def recompute(run: Run) -> None:
+    """Under activation checkpointing, of either kind."""
+    model: Any = run.model
+    model.first.forward = partial(checkpoint, model.first.forward, use_reentrant=False)
+    model.second.forward = partial(checkpoint, model.second.forward, use_reentrant=True)
+    accumulate(run)
+
+
 def owned_rows(case: Case, group: sc.Group) -> list[int]:
     return sc.Placement.even(case.num_experts, group.world_size).owned_by(group.rank).tolist()
 
@@ -395,6 +406,16 @@ def check_capacity(group: sc.Group) -> None:
     train(run)
     moved = group.stats().since(before)
     assert (moved.control_bytes, moved.control_messages) == (0, 0) and (moved.sent_bytes > 0) == (group.world_size > 1)
+
+
+def check_options(group: sc.Group) -> None:
+    """Gathers before and after the router, released replicas, quotas, recomputation; and slices of experts."""
+    case = Case(num_experts=6, dim=6, hidden_dim=6, tokens=(9, 0, 4), aux_loss_coef=0.2, shared_hidden_dim=3)
+    options = (("rematerialize", True), ("calibrate", True), ("spread", "quota"))
+    check_script(group, replace(case, balancer=Scattered(), options=options), recompute)
+    check_script(group, replace(case, balancer=Scattered(exact=True), options=options[:1]), accumulate)
+    if group.world_size in (2, 3, 6):  # others cannot share the rows of a matrix evenly
+        check_script(group, replace(case, options=(("sharding", "slices"), *options[::2])), accumulate)
 
 
 def check_bytes(group: sc.Group) -> None:

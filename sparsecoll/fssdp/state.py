@@ -61,8 +61,9 @@ class State:
         self.backward.watch()
         self._write_last()
         shared, node_of = self.shared, self.group.topology.node_of
-        room = room_bytes(torch.device(self.group.device), node_of.count(node_of[self.group.rank]))
-        shared.room_bytes = room + shared.pool.free_bytes
+        if not shared.policy.fixed:
+            room = room_bytes(torch.device(self.group.device), node_of.count(node_of[self.group.rank]))
+            shared.room_bytes = room + shared.pool.free_bytes
         self.order.end()
         shared.timeline.begin_step()
         self.order.begin()

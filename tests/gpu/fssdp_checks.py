@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import sparsecoll as sc
-from tests import fssdp_checks
+from tests import fssdp_checks, reshard_checks
 from tests.fssdp_checks import Case, Run, Scattered, Sharded, accumulate, check_script, notes_of_one_process
 
 __all__ = ["CHECKS"]
@@ -59,23 +61,40 @@ def _bfloat16(group: sc.Group) -> None:
         fssdp_checks.assert_notes_equal(run, expected, rtol=0.05, atol=0.02)
 
 
+def _steps(group: sc.Group) -> None:
+    """What is measured with events on streams comes out as times."""
+    run = Sharded(Case(num_experts=6), group)
+    fssdp_checks.train(run)
+    report = run.model.step_report()
+    assert report.step_s > report.exposed_s >= 0 and report.hidden_s >= 0 and report.gathered_bytes > 0
+    assert all(cost.token_s > 0 and cost.hidden_s > 0 for cost in run.model.costs().values())
+    with tempfile.TemporaryDirectory() as folder:
+        run.model.trace_step(Path(folder, "step.json"))
+
+
 parity = on_device(fssdp_checks.check_parity)
+options = on_device(fssdp_checks.check_options)
+moves = on_device(reshard_checks.check_moves)
 capacity = on_device(fssdp_checks.check_capacity)
 reported_bytes = on_device(fssdp_checks.check_bytes)
 state_dict = on_device(fssdp_checks.check_state_dict)
 disagreement = on_device(fssdp_checks.check_disagreement)
 replicas_here_and_there = on_device(_replicas_here_and_there)
 bfloat16 = on_device(_bfloat16)
+steps = on_device(_steps)
 
 CHECKS = [
     f"{__name__}:{name}"
     for name in (
         "parity",
+        "options",
+        "moves",
         "capacity",
         "reported_bytes",
         "state_dict",
         "disagreement",
         "replicas_here_and_there",
         "bfloat16",
+        "steps",
     )
 ]

@@ -9,7 +9,7 @@ import pytest
 
 import sparsecoll as sc
 from sparsecoll.transport.base import Transport
-from tests import fssdp_checks
+from tests import fssdp_checks, reshard_checks
 from tests.harness import spawn_checks
 from tests.worker import CheckResults
 
@@ -29,12 +29,14 @@ def on_transport(check: Callable[[sc.Group], None]) -> Callable[[Transport], Non
 
 
 parity = on_transport(fssdp_checks.check_parity)
+options = on_transport(fssdp_checks.check_options)
+moves = on_transport(reshard_checks.check_moves)
 capacity = on_transport(fssdp_checks.check_capacity)
 reported_bytes = on_transport(fssdp_checks.check_bytes)
 state_dict = on_transport(fssdp_checks.check_state_dict)
 disagreement = on_transport(fssdp_checks.check_disagreement)
 
-CHECKS = ["parity", "capacity", "reported_bytes", "state_dict", "disagreement"]
+CHECKS = ["parity", "options", "moves", "capacity", "reported_bytes", "state_dict", "disagreement"]
 
 
 @functools.cache

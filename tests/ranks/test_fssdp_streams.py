@@ -20,6 +20,7 @@ from tests.fssdp_checks import (
     check_bytes,
     check_capacity,
     check_disagreement,
+    check_options,
     check_parity,
     check_script,
     check_state_dict,
@@ -35,6 +36,7 @@ def check_replicas_here_and_there(group: sc.Group) -> None:
 
 CHECKS: list[Callable[[sc.Group], None]] = [
     check_parity,
+    check_options,
     check_capacity,
     check_bytes,
     check_state_dict,

@@ -29,7 +29,7 @@ def test_find_balancer() -> None:
 
 @pytest.mark.parametrize("wrong", ["fair", "", None, 3, object(), Hecate, Hecate.balance], ids=str)
 def test_find_balancer_refuses(wrong: Any) -> None:
-    with pytest.raises(sc.InvalidArgument, match="hecate, .*none or an object with exact and balance"):
+    with pytest.raises(sc.InvalidArgument, match=r"hecate, .*none or an object with exact and balance"):
         find_balancer(wrong)
 
 
