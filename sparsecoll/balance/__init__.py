@@ -12,7 +12,7 @@ from sparsecoll.balance.none import NoReplicas
 from sparsecoll.balance.predict import DecayingLoad, LastLoad, MeanLoad, Predictor, find_predictor
 from sparsecoll.balance.quota import Quota
 from sparsecoll.balance.sharding import Sharding, best_sharding, migration_bytes, shard_experts
-from sparsecoll.balance.traffic import predicted_s
+from sparsecoll.balance.traffic import exposed_s, predicted_s
 
 __all__ = [
     "BALANCERS",
@@ -33,6 +33,7 @@ __all__ = [
     "Sharding",
     "best_sharding",
     "divide_loads",
+    "exposed_s",
     "find_balancer",
     "find_predictor",
     "migration_bytes",

@@ -1,4 +1,4 @@
-"""Exact quotas from the loads of this very forward (UltraEP, arXiv 2606.04101)."""
+"""Quotas that make the busiest rank as little busy as replicas can (UltraEP, arXiv 2606.04101)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Quota:
 
     Owners stay as they are, and ranks that have too much hand assignments over to ranks that have little, each of which
     gets at most a given number of replicas for them (`sparsecoll.balance.relief`). Of several such numbers the one is
-    taken with the shortest predicted time: computing, all-to-alls, and the copies, which nothing hides. Where none is
+    taken with the shortest predicted time: computing, all-to-alls, and what is seen of the copies. Where none is
     faster than no replica by at least ``min_gain``, as with balanced loads, there is none.
 
     It departs from UltraEP in weighing copies against what they save, in filling the rank with the tightest room
@@ -36,19 +36,18 @@ class Quota:
             each rank could be filled up from a single owner, so more are hardly ever needed.)
         min_tokens: the least quota for which a rank gets a replica.
         min_gain: share of the layer's time that replicas have to save.
+        exact: whether to ask after the router, as UltraEP does. Before it, replicas are chosen for predicted loads and
+            their gather is hidden; with ``spread="quota"`` the true loads are then divided as evenly as those permit.
     """
 
     most: int | None = None
     min_tokens: int = 32
     min_gain: float = 0.02
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if (self.most is not None and self.most < 0) or self.min_tokens < 1 or not 0 <= self.min_gain <= 1:
             raise InvalidArgument(f"Quota: expected most >= 0, min_tokens >= 1 and min_gain in 0..1, got {self}")
-
-    @property
-    def exact(self) -> bool:
-        return True
 
     def balance(self, loads: Loads, base: Placement, costs: Costs) -> Balance:
         """See `Balancer.balance`."""
@@ -58,7 +57,7 @@ class Quota:
         found = [
             Relief(*each) for each in native.relieve_ranks(loads, base.owners, base.holders, most, self.min_tokens)
         ]
-        times_s = [_predicted_s(each, costs) for each in found]
+        times_s = [_predicted_s(each, costs, self.exact) for each in found]
         best = times_s.index(min(times_s))
         if times_s[best] > (1 - self.min_gain) * times_s[0]:
             best = 0
@@ -83,6 +82,6 @@ def _quotas_of(loads: Loads, base: Placement, moves: NDArray[np.int64]) -> NDArr
     return quotas
 
 
-def _predicted_s(relief: Relief, costs: Costs) -> float:
+def _predicted_s(relief: Relief, costs: Costs, exact: bool) -> float:
     busiest, traffic = np.array([relief.level]), np.array([relief.traffic])
-    return costs.layer_s(busiest, traffic, traffic) + exposed_s(relief.copies, costs, exact=True)
+    return costs.layer_s(busiest, traffic, traffic) + exposed_s(relief.copies, costs, exact=exact)

@@ -96,11 +96,12 @@ def copying_s(base: Placement, place: Placement, costs: Costs, *, exact: bool = 
 def exposed_s(copies: int, costs: Costs, *, exact: bool = False) -> float:
     """How much longer a layer takes because a rank receives so many experts, and gives their gradients back.
 
-    Each way hides under the dense compute before the layer, for backward has at least as much of it; nothing hides
-    what is decided after the router.
+    Each way hides under the dense compute before the layer, for backward has at least as much of it; but nothing hides
+    a gather that is decided after the router.
     """
     each_way_s = copies * costs.copy_s
-    return 2 * each_way_s if exact else 2 * max(0.0, each_way_s - costs.hidden_s)
+    hidden_once_s = max(0.0, each_way_s - costs.hidden_s)
+    return hidden_once_s + (each_way_s if exact else hidden_once_s)
 
 
 class Spread:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsecoll.balance import Balance, Costs, Loads, divide_loads, predicted_s
+from sparsecoll.balance import Balance, Costs, Loads, divide_loads, exposed_s, predicted_s
 from sparsecoll.collectives.agreement import agree, digest_of
 from sparsecoll.collectives.counts import CountExchange
 from sparsecoll.errors import InvalidArgument, SparsecollError
@@ -281,8 +281,8 @@ class ShardedLayer:
         num_copied = int((new & ~place.holders).sum(axis=0).max(initial=0))
         if not num_copied:
             return place
-        before, after = (predicted_s(loads, Balance(each), costs) for each in (place, calibrated))
-        return calibrated if before - after > 2 * num_copied * costs.copy_s else place
+        before_s, after_s = (predicted_s(loads, Balance(each), costs) for each in (place, calibrated))
+        return calibrated if before_s - after_s > exposed_s(num_copied, self.costs, exact=True) else place
 
     def _balance(self, loads: Loads, base: Placement, costs: Costs) -> Balance:
         """Asks the balancer.
