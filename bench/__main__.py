@@ -23,6 +23,7 @@ _CASES = {
     "cluster": "bench.cluster.case",
     "bound": "bench.bound.case",
     "planner": "bench.planner",
+    "balance": "bench.balance.case",
     "step": "bench.step.case",
     "gpu": "bench.gpu.case",
 }

@@ -1,0 +1,1 @@
+"""``python -m bench balance``: what balancers and predictors make of recorded and drawn routings, without processes."""
