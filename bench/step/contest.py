@@ -94,7 +94,7 @@ def _contest(
                 times[name].append(seconds)
                 exposed[name].append(contestants[name].exposed_s())
         is_last = iteration == options.warmup + options.iterations - 1
-        for name in set(names) - {EP, IDEAL}:
+        for name in (each for each in names if each not in (EP, IDEAL)):
             found = _compare(outcomes[name], outcomes[EP])
             if is_last:
                 pairs = zip(contestants[name].gradients(), contestants[EP].gradients(), strict=True)
@@ -105,11 +105,15 @@ def _contest(
     for name, contestant in contestants.items():
         largest = {key: _largest(group, value) for key, value in sorted(differences[name].items())}
         row = Row(group.backend, part, routing, name, times[name], largest)
-        rows.append(_with_reports(row, contestant, exposed[name]) if isinstance(contestant, Fssdp) else row)
+        rows.append(
+            _with_reports(row, contestant, exposed[name], 1 + (options.fssdp["rematerialize"] is True))
+            if isinstance(contestant, Fssdp)
+            else row
+        )
     return rows
 
 
-def _with_reports(row: Row, contestant: Fssdp, exposed_s: list[float]) -> Row:
+def _with_reports(row: Row, contestant: Fssdp, exposed_s: list[float], num_gathers: int) -> Row:
     """A row with what FSSDP says of itself; all ranks call it."""
     group, loads = contestant.group, list(contestant.wrapped.load_report().values())
     return replace(
@@ -117,7 +121,7 @@ def _with_reports(row: Row, contestant: Fssdp, exposed_s: list[float]) -> Row:
         imbalance=float(np.mean([load.imbalance_after for load in loads])),
         sparse_bytes=group.mean(sum(load.sparse_bytes for load in loads)),
         exposed_s=float(np.median([group.mean(each) for each in exposed_s])),
-        alone_s=alone_s(contestant.wrapped, group),
+        alone_s=alone_s(contestant.wrapped, group, num_gathers),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparsecoll as sc
 from bench.rivals import HandWrittenLayer, collectives_of, sum_dense_gradients
 from bench.step.model import units_of
-from bench.step.options import DDP, EP, FSDP2, IDEAL
+from bench.step.options import DDP, EP, FSDP2, IDEAL, SLICES
 from sparsecoll.moe import MoELayer
 
 __all__ = ["Contestant", "Fssdp", "enter"]
@@ -96,6 +96,19 @@ class Fssdp(Contestant):
         return _gradient(weight)
 
 
+class Slices(Fssdp):
+    """This library, with every expert cut evenly over all ranks."""
+
+    def __init__(self, model: nn.Module, group: sc.Group, optimizes: bool, **options: Any) -> None:
+        super().__init__(model, group, optimizes, **{**options, "sharding": "slices", "calibrate": False})
+
+    def own_rows(self, weight: Tensor) -> Tensor:
+        slices, world_size = _gradient(weight), self.group.world_size
+        share = len(slices) // world_size
+        received = sc.all_to_all(slices, [share] * world_size, group=self.group)
+        return received.unflatten(0, (world_size, share)).transpose(0, 1).flatten(1, 2)
+
+
 class HandWritten(Contestant):
     """Expert parallelism by hand: `bench.rivals`."""
 
@@ -155,6 +168,8 @@ def enter(name: str, model: nn.Module, group: sc.Group, optimizes: bool, fssdp: 
     own = copy.deepcopy(model)
     if name in _RIVALS:
         return _RIVALS[name](own, group, optimizes)
+    if name == SLICES:
+        return Slices(own, group, optimizes, **fssdp)
     return Fssdp(own, group, optimizes, balancer=name, **fssdp)
 
 

@@ -15,7 +15,7 @@ from bench.step.draws import ROUTINGS
 from bench.step.sizes import Sizes
 from sparsecoll.balance import BALANCERS
 
-__all__ = ["DDP", "EP", "FSDP2", "IDEAL", "LAUNCHED", "PARTS", "Options", "parse"]
+__all__ = ["DDP", "EP", "FSDP2", "IDEAL", "LAUNCHED", "PARTS", "SLICES", "Options", "parse"]
 
 _ABOUT = (
     "A training step of one model by every way to train it: FSSDP with each balancer, expert parallelism by hand, "
@@ -26,7 +26,8 @@ _ABOUT = (
 LAUNCHED = "--launched"
 
 PARTS = ("block", "step")
-EP, IDEAL, FSDP2, DDP = "ep", "ideal", "fsdp2", "ddp"
+EP, IDEAL, SLICES, FSDP2, DDP = "ep", "ideal", "slices", "fsdp2", "ddp"
+_SLOW = (SLICES, FSDP2, DDP)
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "routing.npz"
 
@@ -42,7 +43,7 @@ class _Usual(NamedTuple):
     balancers: tuple[str, ...]
 
 
-_HERE = _Usual(("gloo", "mpi"), PARTS, ROUTINGS, tuple(BALANCERS))
+_HERE = _Usual(("gloo", "mpi"), PARTS, ROUTINGS, (*BALANCERS, SLICES))
 _CLUSTER = _Usual(("gloo",), ("step",), ("zipf12",), ("hecate", "none"))
 
 
@@ -53,7 +54,8 @@ class Options:
     Attributes:
         arguments: the command line as given, without the case.
         backends: of ``torch`` (Gloo) and ``mpi``, one after the other.
-        every: FSDP2 and DDP, which are slow, take part in every so-many-th iteration.
+        balancers: of FSSDP; ``slices`` stands for the default one with every expert cut evenly over all ranks.
+        every: FSDP2, DDP and slices, which move most, take part in every so-many-th iteration.
         trace: what ``recorded`` replays.
         fssdp: further options of `sparsecoll.FSSDP`.
         recorded_to: a routing is to be recorded into this file, and nothing measured.
@@ -102,7 +104,7 @@ class Options:
     def takes_turn(self, contestant: str, iteration: int) -> bool:
         """Whether a contestant takes part in an iteration; all of them do in the last."""
         last = self.warmup + self.iterations - 1
-        return contestant not in (FSDP2, DDP) or (last - iteration) % self.every == 0
+        return contestant not in _SLOW or (last - iteration) % self.every == 0
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -119,7 +121,8 @@ def parse(arguments: Sequence[str]) -> Options:
         length=found.length or Sizes.length,
     )
     ranks = found.hosts if found.cluster else found.ranks
-    if sizes.tokens % sizes.length:
+    chooses_length = found.cluster and found.length is None
+    if not chooses_length and sizes.tokens % sizes.length:
         parser.error(f"--tokens: expected a multiple of --length {sizes.length}, got {sizes.tokens}")
     if sizes.experts % ranks:
         parser.error(f"--experts: expected a multiple of {ranks} ranks, got {sizes.experts}")
@@ -144,12 +147,17 @@ def parse(arguments: Sequence[str]) -> Options:
         every=found.every,
         seed=found.seed,
         trace=found.trace,
-        fssdp={},
+        fssdp={
+            "rematerialize": {"no": False, "yes": True}.get(found.rematerialize, found.rematerialize),
+            "calibrate": found.calibrate,
+            "spread": found.spread,
+            "predictor": found.predictor,
+        },
         recorded_to=found.record,
         train_steps=found.train_steps,
         output=found.json,
         rate_bits_per_s=rate,
-        chooses_length=found.cluster and found.length is None,
+        chooses_length=chooses_length,
         timeout_s=found.timeout,
         launcher=found.launched,
     )
@@ -167,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=_between(1, 64), default=2, metavar="N", help="default 2")
     add("--parts", type=_some_of(PARTS), metavar="LIST", help=f"default {usual('parts')}")
     add("--routings", type=_some_of(ROUTINGS), metavar="LIST", help=f"default {usual('routings')}")
-    add("--balancers", type=_some_of(BALANCERS), metavar="LIST", help=f"default {usual('balancers')}")
+    add("--balancers", type=_some_of(_HERE.balancers), metavar="LIST", help=f"default {usual('balancers')}")
     add("--layers", type=_between(1, 64), default=sizes.layers, metavar="N", help=f"default {sizes.layers}")
     add("--experts", type=_between(1, 255), default=sizes.experts, metavar="N", help=f"default {sizes.experts}")
     add("--top-k", type=_between(1, 255), default=sizes.top_k, metavar="N", help=f"default {sizes.top_k}")
@@ -177,11 +185,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=_between(1, 1 << 20), metavar="N", help="of a sequence; default 256, on a cluster what hides")
     add("-n", "--iters", type=_between(1, 10000), default=6, metavar="N", help="timed iterations; default 6")
     add("-w", "--warmup_iters", type=_between(0, 10000), default=3, metavar="N", help="untimed ones before; default 3")
-    add("--every", type=_between(1, 10000), default=3, metavar="N", help="FSDP2 and DDP run in every N-th iteration")
+    add(
+        "--every",
+        type=_between(1, 10000),
+        default=3,
+        metavar="N",
+        help="FSDP2, DDP and slices run in every N-th iteration",
+    )
     add("--seed", type=_between(0, 1 << 31), default=0, metavar="N", help="of weights, tokens and routing")
     add("--trace", type=Path, default=RECORDED, metavar="FILE", help="what the routing `recorded` replays")
     add("--record", type=Path, metavar="FILE", help="train a model and record its routing into FILE, to be replayed")
     add("--train-steps", type=_between(1, 1 << 20), default=240, metavar="N", help="before --record; default 240")
+    add("--rematerialize", choices=["no", "yes", "auto"], default="no", help="of FSSDP; default no")
+    add("--calibrate", action="store_true", help="of FSSDP")
+    add("--spread", choices=["nearest", "quota"], default="nearest", help="of FSSDP; default nearest")
+    add("--predictor", choices=["mean", "last", "decaying"], default="mean", help="of FSSDP; default mean")
     add("-J", "--json", type=Path, metavar="FILE", help="record in JSON, and a bar chart beside it")
     add("--cluster", action="store_true", help="a rank on each of some emulated hosts with slow links")
     add("--hosts", type=_between(2, MOST_HOSTS), default=4, metavar="N", help="of a cluster; default 4")

@@ -51,40 +51,34 @@ def print_header(options: Options, origin: str | None) -> None:
         origin: of the recorded routing, if it is replayed.
     """
     found, sizes = describe(), options.sizes
-    _say(f"# sparsecoll {sc.__version__}, commit {commit() or 'unknown'}")
-    _say(f"# torch {found['torch']}, mpi4py {found['mpi4py']}, Python {found['python']}, NumPy {found['numpy']}")
-    _say(f"# {options.ranks} ranks, one thread each, on {found['usable_cores']} usable cores of {found['cpu']}")
+    length = "of a length that ranks choose" if options.chooses_length else f"of {sizes.length} tokens"
+    lines = [
+        f"sparsecoll {sc.__version__}, commit {commit() or 'unknown'}",
+        f"torch {found['torch']}, mpi4py {found['mpi4py']}, Python {found['python']}, NumPy {found['numpy']}",
+        f"{options.ranks} ranks, one thread each, on {found['usable_cores']} usable cores of {found['cpu']}",
+        f"{sizes.layers} layers of {sizes.experts} experts, top-{sizes.top_k}, width {sizes.width}, "
+        f"hidden {sizes.hidden}, {sizes.tokens} tokens on each rank in sequences {length}, float32",
+        "block: the MoE layers, forward and backward",
+        "step: a language model around them (embedding, causal attention, norms, head, loss) and AdamW, all of a step",
+        "EP: expert parallelism by hand over the back end's own collectives; ideal: the same under balanced routing",
+        f"iters: {options.iterations} after {options.warmup} untimed; all take turns; slices, FSDP2 and DDP, which "
+        f"move most, in one of {options.every} iterations",
+        "time: median of the slowest rank's; imbal: assignments of the busiest rank over the mean, as computed",
+        "sparse: sent for replicas and their gradients; exposed: how long ranks waited for them, mean",
+        "alone: what the sparse collectives take with nothing else to do",
+        f"diff: largest relative difference of outputs and gradients to EP's, at most {TOLERANCE:g}",
+        f"seed: {options.seed}",
+        f"Command: {options.command}",
+    ]
     if options.rate_bits_per_s is not None:
-        link = link_of(options.rate_bits_per_s)
-        _say(
-            f"# each on an emulated host with a link of {options.rate_bits_per_s / 1e6:g} Mbit/s in each direction, "
-            f"{link.bandwidth_bytes_per_s / 1e6:.1f} MB/s of payload"
+        rate, payload = options.rate_bits_per_s / 1e6, link_of(options.rate_bits_per_s).bandwidth_bytes_per_s / 1e6
+        lines.insert(
+            3, f"on a host each, with links of {rate:g} Mbit/s in each direction, {payload:.1f} MB/s of payload"
         )
-    _say(
-        f"# {sizes.layers} layers of {sizes.experts} experts, top-{sizes.top_k}, width {sizes.width}, hidden "
-        f"{sizes.hidden}, {sizes.tokens} tokens on each rank, float32"
-    )
-    length = "a length that ranks choose" if options.chooses_length else f"{sizes.length} tokens"
-    _say(
-        "# block: the MoE layers, forward and backward; step: a language model around them (embedding, causal attention"
-    )
-    _say(f"# over {length}, norms, head, loss) and AdamW, from zero_grad to the updated weights.")
-    _say(
-        "# EP: expert parallelism by hand over the back end's own collectives; ideal: the same under balanced routing."
-    )
     if origin is not None:
-        _say(f"# recorded: {origin}")
-    _say(
-        f"# iters: {options.iterations} after {options.warmup} untimed, FSDP2 and DDP in every {options.every}.; all "
-        "take turns; time: median of the slowest rank's."
-    )
-    _say(
-        "# sparse: sent for replicas and their gradients; exposed: waited for them, mean over ranks; alone: what they take"
-    )
-    _say("# with nothing else to do.")
-    _say(f"# diff: largest relative difference of outputs and gradients to EP's, at most {TOLERANCE:g}.")
-    _say(f"# seed: {options.seed}")
-    _say(f"# Command: {options.command}")
+        lines.insert(-2, f"recorded: {origin}")
+    for line in lines:
+        _say(f"# {line}")
     _say("#" + _join({name: name for name in _COLUMNS})[1:])
     _say("#" + _join({name: _UNITS.get(name, "") for name in _COLUMNS})[1:])
 

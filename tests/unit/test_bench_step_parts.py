@@ -233,11 +233,11 @@ def test_replayed_experts_have_their_true_weights() -> None:
 def test_flags() -> None:
     options = parse([])
     assert options.backends == ("torch", "mpi") and options.parts == ("block", "step")
-    assert options.balancers == tuple(BALANCERS) and options.routings == ROUTINGS
+    assert options.balancers == (*BALANCERS, "slices") and options.routings == ROUTINGS
     assert (options.sizes.layers, options.sizes.experts, options.sizes.top_k) == (2, 32, 2)
     assert (options.sizes.width, options.sizes.hidden, options.sizes.tokens) == (256, 512, 2048)
-    assert options.contestants("torch") == ("ep", "ideal", *BALANCERS, "fsdp2", "ddp")
-    assert options.contestants("mpi") == ("ep", "ideal", *BALANCERS)
+    assert options.contestants("torch") == ("ep", "ideal", *BALANCERS, "slices", "fsdp2", "ddp")
+    assert options.contestants("mpi") == ("ep", "ideal", *BALANCERS, "slices")
     rank = parse(["--balancers", "none", "--launched", "77", "--json", "x"])
     assert (rank.arguments, rank.launcher, rank.balancers) == (("--balancers", "none"), 77, ("none",))
     assert not options.on_cluster and not options.chooses_length and options.sizes.length == 256
@@ -284,7 +284,7 @@ def test_slow_rivals_take_some_turns_and_the_last(iterations: int, warmup: int, 
         turns = [iteration for iteration in range(last + 1) if options.takes_turn(name, iteration)]
         assert turns[-1] == last
         gaps = {b - a for a, b in pairwise(turns)}
-        assert gaps <= ({every} if name in ("fsdp2", "ddp") else {1})
+        assert gaps <= ({every} if name in ("slices", "fsdp2", "ddp") else {1})
 
 
 def rows_of(
@@ -339,7 +339,7 @@ def test_hiding_is_the_best_balancers_where_it_hides_least() -> None:
         row("none", "zipf12", 2.0, 0.0, 0.0),
     ]
     assert summarize_hiding(rows) == {"hidden_fraction": pytest.approx(0.8), "exposed_s": 0.4}
-    assert summarize_hiding(rows[:3] + [row("none", "zipf08", 0.5, 0.0, 0.0)]) == {}
+    assert summarize_hiding([*rows[:3], row("none", "zipf08", 0.5, 0.0, 0.0)]) == {}
 
 
 def test_wrong_results_fail() -> None:
