@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sparsecoll.errors import CollectiveTimeout, PeerFailure, SparsecollError, TransportError
-from sparsecoll.transport.base import Counters, Message, Operation, Transport, View
+from sparsecoll.transport.base import Counters, HostTransport, Message, Operation, Transport, View
 
 __all__ = ["CHECKS", "CLOSURE_CHECKS", "SIZE_CHECKS"]
 
@@ -191,6 +191,45 @@ def check_second_thread(transport: Transport) -> None:
     thread.join()
     if failures:
         raise failures[0]
+
+
+def check_twin(transport: HostTransport) -> None:
+    """Messages under equal tags do not meet, and a twin's thread waits for rank 0 while all others go on."""
+    first, second = transport.twin(), transport.twin()
+    op, may_send = operation("twins"), threading.Event()
+    if transport.rank != 0:
+        may_send.set()
+    failures: list[BaseException] = []
+
+    def send_and_receive(each: HostTransport, turn: int) -> None:
+        sends = [Message(peer, pattern(transport.rank, peer, turn, 999)) for peer in peers_of(transport)]
+        receives = [Message(peer, poisoned(999)) for peer in peers_of(transport)]
+        each.wait(each.post(sends, receives, op), op)
+        for peer, view in receives:
+            np.testing.assert_array_equal(view, pattern(peer, transport.rank, turn, 999))
+
+    def late() -> None:
+        try:
+            may_send.wait(LIMIT_S)
+            send_and_receive(first, 0)
+        except BaseException as exc:
+            failures.append(exc)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    send_and_receive(second, 1)
+    send_and_receive(transport, 2)
+    assert len(transport.exchange(b"go on", op)) == transport.world_size
+    may_send.set()
+    thread.join()
+    if failures:
+        raise failures[0]
+    for each in (first, second, transport):
+        assert each.counters.sent_bytes == 999 * len(peers_of(transport))
+    assert len(first.exchange(b"end", op)) == transport.world_size
+    first.close()
+    second.close()
+    assert len(transport.exchange(b"end", op)) == transport.world_size
 
 
 def check_timeout(transport: Transport) -> None:
@@ -532,7 +571,7 @@ class _Soon:
         assert time.monotonic() - self._started_s < LIMIT_S / 3
 
 
-def _names(checks: tuple[Callable[[Transport], None], ...]) -> Iterator[str]:
+def _names(checks: tuple[Callable[[Any], None], ...]) -> Iterator[str]:
     return (f"{__name__}:{check.__name__}" for check in checks)
 
 
@@ -550,6 +589,7 @@ CHECKS = tuple(
             check_large_ring,
             check_many_operations,
             check_second_thread,
+            check_twin,
             check_ends_are_told,
             check_ends_of_different_peers_are_told_out_of_order,
             check_several_ends_at_once,

@@ -1,6 +1,7 @@
 """A sparse collective in two halves: messages are posted now and waited for later.
 
-Both halves run on the caller's own thread where no other rank waits for what this one forwards. A thread of its own
+Both halves run on the caller's own thread where no other rank waits for what this one forwards, and nothing else is on
+the group's thread. A thread of its own
 would move bytes as well, but on a CPU it takes the interpreter and a core from the compute that it is to hide behind;
 what a back end moves by itself (Gloo's threads, a kernel that reads a peer's memory) overlaps all the same. A rank that
 relays goes on at once on the group's thread, so that nobody waits until its caller has time. On a GPU the first half
@@ -45,8 +46,9 @@ class Pending:
         self._has_ended = False
         self._work: Work | None = None
         self.moved = Counters()
-        can_wait = group.run(self._operation, self._post)
-        if not can_wait:
+        if group.is_busy:
+            self._work = group.start(self._operation, self._all, value, out)
+        elif not group.run(self._operation, self._post):
             self._work = group.start(self._operation, self._end, value, out)
 
     def result(self) -> Any:
@@ -58,18 +60,24 @@ class Pending:
         return self._result
 
     def _post(self) -> bool:
-        before = self._group.stats()
+        counters = self._group.transport.counters
+        before = counters.snapshot()
         can_wait = True
         try:
             can_wait = bool(next(self._steps))
         except StopIteration as end:
             self._result, self._has_ended = end.value, True
-        self.moved = self._group.stats().since(before)
+        self.moved = counters.since(before)
         return can_wait
 
     def _end(self) -> None:
-        before = self._group.stats()
+        counters = self._group.transport.counters
+        before = counters.snapshot()
         self._has_ended = True
         self._result = finish(self._steps)
-        later = vars(self._group.stats().since(before))
-        self.moved = Counters(**{name: value + later[name] for name, value in vars(self.moved).items()})
+        self.moved += counters.since(before)
+
+    def _all(self) -> None:
+        self._post()
+        if not self._has_ended:
+            self._end()

@@ -113,6 +113,7 @@ def FSSDP(
     device = torch.device(resolved.device)
     shared = Shared(
         group=resolved,
+        copies=resolved.twin(),
         policy=agreed.policy,
         pool=ReplicaPool(device),
         timeline=Timeline.on_streams() if device.type == "cuda" else Timeline(),

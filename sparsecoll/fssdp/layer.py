@@ -43,6 +43,7 @@ class Shared:
     """What the layers of a model have in common.
 
     Attributes:
+        copies: the same ranks, for replicas and their gradients, whose messages wait for no others.
         num_layers: of them.
         bytes_per_s: as `sparsecoll.balance.Costs` has it.
         room_bytes: what this rank has left for replicas, read at the begin of each forward.
@@ -50,6 +51,7 @@ class Shared:
     """
 
     group: Group
+    copies: Group
     policy: Policy
     pool: ReplicaPool
     timeline: Timeline
@@ -143,6 +145,10 @@ class ShardedLayer:
     @property
     def group(self) -> Group:
         return self.shared.group
+
+    @property
+    def copies(self) -> Group:
+        return self.shared.copies
 
     @property
     def pool(self) -> ReplicaPool:

@@ -26,7 +26,7 @@ class Home(Protocol):
     def fqn(self) -> str: ...
 
     @property
-    def group(self) -> Group: ...
+    def copies(self) -> Group: ...
 
     @property
     def slices(self) -> int: ...
@@ -100,7 +100,7 @@ class Replicas:
             with self._span("wait_for_sparse_all_gather", "wait"):
                 pending.result()
             flight.end()
-            self.moved = _sum(self.moved, pending.moved)
+            self.moved = self.moved + pending.moved
         self._pending = []
         assert self._leases is not None
         return [lease.stack for lease in self._leases]
@@ -131,7 +131,7 @@ class Replicas:
             source = Rows([owned, self._cut(lease.stack)], travel.contributions)
             with self._span("sparse_reduce_scatter", "issue"):
                 flight = self.home.timeline.flight("sparse_reduce_scatter", self.home.fqn)
-                pending.append((Pending(call, source, Rows([owned], travel.home), self.home.group), flight))
+                pending.append((Pending(call, source, Rows([owned], travel.home), self.home.copies), flight))
         return Reduction(self.home, owned, gradients, pending)
 
     def _gather(self, travel: Travel) -> None:
@@ -143,7 +143,7 @@ class Replicas:
         with self._span("sparse_all_gather", "issue"):
             flight = self.home.timeline.flight("sparse_all_gather", self.home.fqn)
             destination = Rows([self._cut(lease.stack)], travel.destination)
-            pending = Pending(call, Rows(parameters, travel.source), destination, self.home.group)
+            pending = Pending(call, Rows(parameters, travel.source), destination, self.home.copies)
         self._pending.append((pending, flight))
 
     def _cut(self, stack: Stack) -> Stack:
@@ -174,13 +174,8 @@ class Reduction:
             with self._home.timeline.span("wait_for_sparse_reduce_scatter", self._home.fqn, "wait"):
                 pending.result()
             flight.end()
-            self.moved = _sum(self.moved, pending.moved)
+            self.moved = self.moved + pending.moved
         for lease in self._gradients:
             lease.give_back()
         self._pending, self._gradients = [], ()
         return self._owned
-
-
-def _sum(first: Counters, second: Counters) -> Counters:
-    more = vars(second)
-    return Counters(**{name: value + more[name] for name, value in vars(first).items()})

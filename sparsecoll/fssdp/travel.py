@@ -146,9 +146,9 @@ def _all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], layer
     operation = group.operation(f"FSSDP {step} ({layer.fqn})")
 
     def run() -> Tensor:
-        before = group.stats()
+        before = group.transport.counters.snapshot()
         out, _ = run_all_to_all(group, operation, x, send_counts, recv_counts, trusted=True)
-        layer.count_dispatch(group.stats().since(before))
+        layer.count_dispatch(group.transport.counters.since(before))
         return out
 
     with layer.span(step, "dispatch"):

@@ -81,6 +81,9 @@ class Counters:
     def snapshot(self) -> Counters:
         return Counters(**vars(self))
 
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
     def since(self, earlier: Counters) -> Counters:
         """The difference to an earlier snapshot."""
         return Counters(**{name: value - getattr(earlier, name) for name, value in vars(self).items()})
@@ -188,6 +191,13 @@ class HostTransport(Transport):
         """Blocks until a tracked request has ended, and gives the keys of all that have ended since the last call.
 
         Something must be tracked. Raises as `wait` does; nothing is tracked afterwards.
+        """
+
+    @abstractmethod
+    def twin(self) -> HostTransport:
+        """Another transport between the same ranks, whose messages do not meet those of this one.
+
+        Another thread may use it. It ends at the latest when this one does. Collective: all ranks ask for as many.
         """
 
     @abstractmethod

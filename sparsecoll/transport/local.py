@@ -149,6 +149,14 @@ class LocalWorld:
         self._closed: set[int] = set()
         self._abortion: _Failure | None = None
         self.ending: str | None = None
+        self._twins: list[LocalWorld] = []
+
+    def twin(self, number: int) -> LocalWorld:
+        """The world in which the ranks meet that ask for their twin of this number, from 0."""
+        with self._round_lock:
+            while len(self._twins) <= number:
+                self._twins.append(LocalWorld(self.world_size))
+            return self._twins[number]
 
     def post(self, request: _Request) -> None:
         """Ends ``request`` together with its other side, or leaves it for that one."""
@@ -254,8 +262,13 @@ class LocalTransport(HostTransport):
             raise InvalidArgument(f"LocalTransport: expected a rank below {world.world_size}, got {rank}")
         super().__init__(rank, world.world_size)
         self._world = world
+        self._num_twins = 0
         self._tracked: dict[_Request, Hashable] = {}
         self._heard: SimpleQueue[_Request] = SimpleQueue()
+
+    def twin(self) -> LocalTransport:
+        self._num_twins += 1
+        return LocalTransport(self._world.twin(self._num_twins - 1), self.rank)
 
     def _send(self, peer: int, view: View, operation: Operation) -> _Request:
         request = _Request(self.rank, peer, operation.tag, view, is_send=True)

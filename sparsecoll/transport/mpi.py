@@ -92,6 +92,9 @@ class MpiTransport(TaggedTransport):
         # MPI must not end under a poll, so the thread of a transport that nobody closes ends before Python does.
         weakref.finalize(self, self._progress.close)
 
+    def twin(self) -> MpiTransport:
+        return MpiTransport(self._payload)
+
     def _duplicate(self, comm: Any, operation: Operation) -> Any:
         duplicate, request = comm.Idup()
         if not any(request.Test() for _ in _patience(operation.deadline_s)):

@@ -30,6 +30,7 @@ __all__ = ["TorchTransport", "control_group", "init_process_group", "moves_devic
 
 # Tags of our own, so that a group of the user may carry messages of the user as well.
 _FIRST_TAG = 0x5C00000
+_TAGS_OF_A_TWIN = 0x10000
 _CLOSED = re.compile(r"closed by peer|reset by peer|broken pipe|pair closure|socket closed", re.IGNORECASE)
 _WAITER_GRACE_S = 5.0
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -43,6 +44,7 @@ class TorchTransport(TaggedTransport):
         owned: whether `close` destroys the group, which the peers notice.
         owns_default: whether `close` destroys torch's default group as well. (Python then ends cleanly: torch 2.13
             aborts now and then at exit when a default group is left.)
+        first_tag: of those that messages take.
 
     Raises:
         BackendUnavailable: torch is missing, or the group moves no CPU memory.
@@ -50,7 +52,14 @@ class TorchTransport(TaggedTransport):
 
     backend = "torch"
 
-    def __init__(self, process_group: ProcessGroup, *, owned: bool = False, owns_default: bool = False) -> None:
+    def __init__(
+        self,
+        process_group: ProcessGroup,
+        *,
+        owned: bool = False,
+        owns_default: bool = False,
+        first_tag: int = _FIRST_TAG,
+    ) -> None:
         self._dist = _import_distributed()
         super().__init__(self._dist.get_rank(process_group), self._dist.get_world_size(process_group))
         config = self._dist.get_backend_config(process_group)
@@ -59,6 +68,7 @@ class TorchTransport(TaggedTransport):
                 f"TorchTransport: expected a process group with a CPU back end such as Gloo, got {config}"
             )
         self._group: ProcessGroup | None = process_group
+        self._first_tag, self._next_tag = first_tag, first_tag + _TAGS_OF_A_TWIN
         self._owned = owned
         self._owns_default = owns_default
         # A waiter for each peer and direction that has been tracked, what they have heard, and what they wait for.
@@ -81,12 +91,17 @@ class TorchTransport(TaggedTransport):
         request = Request(None, peer, view, is_send)
         try:
             if is_send:
-                work = self._dist.isend(tensor, group=self._group, tag=_FIRST_TAG + tag, group_dst=peer)
+                work = self._dist.isend(tensor, group=self._group, tag=self._first_tag + tag, group_dst=peer)
             else:
-                work = self._dist.irecv(tensor, group=self._group, tag=_FIRST_TAG + tag, group_src=peer)
+                work = self._dist.irecv(tensor, group=self._group, tag=self._first_tag + tag, group_src=peer)
         except RuntimeError as exc:
             raise self._translate(exc, request, operation) from exc
         return request._replace(handle=work)
+
+    def twin(self) -> TorchTransport:
+        assert self._group is not None
+        first_tag, self._next_tag = self._next_tag, self._next_tag + _TAGS_OF_A_TWIN
+        return TorchTransport(self._group, first_tag=first_tag)
 
     def wait(self, requests: Sequence[Request], operation: Operation) -> None:
         for request in requests:

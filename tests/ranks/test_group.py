@@ -537,3 +537,25 @@ def test_a_group_resolves_to_itself() -> None:
         return resolve_group(group) is group and resolve_group(None) is group
 
     assert sc.run_local(main, 2) == [True, True]
+
+
+def test_a_twin_has_an_order_of_its_own() -> None:
+    """An operation on the twin's thread waits for rank 0, and operations of the group itself do not wait for it."""
+    place = sc.Placement.even(3, 3).replicate(dict.fromkeys(range(3), range(3)))
+
+    def main(group: sc.Group) -> None:
+        twin = group.twin()
+        shard = np.full((1, 5), group.rank)
+        started = [] if group.rank == 0 else [sc.sparse_all_gather(shard, place, group=twin, async_op=True)]
+        before = group.stats()
+        for _ in range(3):
+            assert sc.sparse_all_gather(shard, place, group=group)[2, 0] == 2
+        if group.rank == 0:
+            started.append(sc.sparse_all_gather(shard, place, group=twin, async_op=True))
+        assert started[0].result()[1, 0] == 1
+        assert group.stats().since(before).sent_bytes == 4 * 2 * shard.nbytes, "with what the twin has sent"
+        group.close()
+        with pytest.raises(sc.InvalidArgument, match="closed"):
+            twin.barrier()
+
+    sc.run_local(main, 3, timeout_s=10.0)

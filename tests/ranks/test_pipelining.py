@@ -188,7 +188,7 @@ class Scripted(HostTransport):
     def wait(self, requests: Any, operation: Operation) -> None:
         raise AssertionError("a pipeline waits for single messages")
 
-    exchange = abort = close = heard_abort = wait
+    exchange = abort = close = heard_abort = twin = wait
 
 
 def test_what_comes_before_all_that_is_in_flight_is_sent_at_once() -> None:
