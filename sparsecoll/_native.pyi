@@ -56,6 +56,28 @@ def combine_backward(
     num_threads: int,
     /,
 ) -> None: ...
+def activate(
+    destination: int,
+    source: int,
+    activation: str,
+    num_rows: int,
+    dim: int,
+    dtype: str,
+    num_threads: int,
+    /,
+) -> None: ...
+def activate_backward(
+    d_source: int,
+    activated: int,
+    d_activated: int,
+    source: int,
+    activation: str,
+    num_rows: int,
+    dim: int,
+    dtype: str,
+    num_threads: int,
+    /,
+) -> None: ...
 def draft(
     links: Links,
     owners: NDArray[np.int32],

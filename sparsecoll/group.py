@@ -111,7 +111,7 @@ class Group:
         self._remembered: OrderedDict[Any, Any] = OrderedDict()
         self._broken: str | None = None
         self._closed = False
-        self._twins: list[Group] = []
+        self._twin: Group | None = None
         # Records of all operations have one length, so that ranks in different operations still understand each other.
         self._record_bytes = 64 + 16 * self.world_size
         self.topology = self._agree_on_topology(topology)
@@ -233,18 +233,18 @@ class Group:
         self.exchange(b"\0", "barrier", timeout_s)
 
     def twin(self) -> Group:
-        """A group of the same ranks whose operations have an order of their own, beside those of this one.
+        """The group of the same ranks whose operations have an order of their own, beside those of this one.
 
         On CPUs it has its own messages and its own thread. On GPUs it is this very group, as operations are put on
         streams in one order, and the host waits for none. It is closed with this group, whose `stats` have its traffic.
 
-        Collective: all ranks call it.
+        Collective when it is first asked for.
         """
         if not isinstance(self.transport, HostTransport) or self.world_size == 1:
             return self
-        twin = Group(self.transport.twin(), self.topology, timeout_s=self.timeout_s, checked=self.checked)
-        self._twins.append(twin)
-        return twin
+        if self._twin is None:
+            self._twin = Group(self.transport.twin(), self.topology, timeout_s=self.timeout_s, checked=self.checked)
+        return self._twin
 
     @property
     def is_busy(self) -> bool:
@@ -253,7 +253,8 @@ class Group:
 
     def stats(self) -> Counters:
         """What this rank has sent and received so far, as the transport counted it."""
-        return sum((twin.stats() for twin in self._twins), self.transport.counters.snapshot())
+        mine = self.transport.counters.snapshot()
+        return mine if self._twin is None else mine + self._twin.stats()
 
     def close(self) -> None:
         """Lets operations in flight end (each has its timeout) and gives back threads and buffers. Idempotent."""
@@ -263,8 +264,8 @@ class Group:
         if self._worker is not None:
             self._queue.put(None)
             self._worker.join()
-        for twin in self._twins:
-            twin.close()
+        if self._twin is not None:
+            self._twin.close()
         self.transport.close()
         _forget_default(self)
 

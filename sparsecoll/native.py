@@ -9,8 +9,8 @@ in the words of plans.
 
 Everything runs without the GIL.
 
-``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``E`` experts, ``D`` dim of a token,
-``C`` chunks, ``W`` ranks.
+``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``E`` experts, ``D`` dim of a token, ``N`` rows, ``I`` hidden
+dim, ``C`` chunks, ``W`` ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ __all__ = [
     "REDUCIBLE",
     "Links",
     "accumulation_itemsize",
+    "activate",
+    "activate_backward",
     "combine",
     "combine_backward",
     "divide_loads",
@@ -55,6 +57,8 @@ _ITEMSIZE = {
     "uint8": 1,
 }
 _FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
+_ACTIVATION_DTYPES = frozenset({"float32", "bfloat16", "float16"})
+_ACTIVATIONS = frozenset({"swiglu", "gelu"})
 
 REDUCIBLE = frozenset(_ITEMSIZE)
 """Names of the dtypes that can be summed."""
@@ -270,6 +274,61 @@ def combine_backward(
         )
 
 
+def activate(
+    destination: int, source: int, activation: str, num_rows: int, dim: int, dtype: str, num_threads: int = 1
+) -> None:
+    """Applies what lies between an expert's two matrices, in one pass, in float32, rounded once when it is stored.
+
+    Results are within a few last places of float32. What is smaller than about 1e-36 may become zero.
+
+    Args:
+        destination: address of ``[N, I]``, apart from ``source``.
+        source: address of ``[N, 2 I]`` for swiglu, ``silu(gate) * up``, the gate in the first half of a row; of
+            ``[N, I]`` for gelu, the exact one.
+        activation: ``swiglu`` or ``gelu``.
+        num_rows, dim: N and I.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        InvalidArgument: a negative size, a null address, another activation or dtype.
+    """
+    _check_activation("activate", activation, num_rows, dim, dtype, num_threads)
+    if num_rows and dim:
+        _check_addresses("activate", destination=destination, source=source)
+        _native.activate(destination, source, activation, num_rows, dim, dtype, num_threads)
+
+
+def activate_backward(
+    d_source: int,
+    activated: int,
+    d_activated: int,
+    source: int,
+    activation: str,
+    num_rows: int,
+    dim: int,
+    dtype: str,
+    num_threads: int = 1,
+) -> None:
+    """The gradient of `activate`, whose arguments keep their names, and its result again, in one pass.
+
+    Args:
+        d_source: address to fill, as large as ``source``; apart from all others.
+        activated: address of ``[N, I]`` to fill with the bits that `activate` gives; may be ``d_activated``.
+        d_activated: address of the incoming gradient ``[N, I]``.
+
+    Raises:
+        InvalidArgument: a negative size, a null address, another activation or dtype.
+    """
+    _check_activation("activate_backward", activation, num_rows, dim, dtype, num_threads)
+    if num_rows and dim:
+        _check_addresses(
+            "activate_backward", d_source=d_source, activated=activated, d_activated=d_activated, source=source
+        )
+        _native.activate_backward(
+            d_source, activated, d_activated, source, activation, num_rows, dim, dtype, num_threads
+        )
+
+
 def links(
     node_of: Sequence[int],
     up: Sequence[int],
@@ -420,6 +479,14 @@ def _check_routing(operation: str, num_tokens: int, top_k: int, dim: int, dtype:
     if dtype not in _FLOATS:
         raise InvalidArgument(f"{operation}: expected dtype to be one of {', '.join(sorted(_FLOATS))}, got {dtype}")
     _check_sizes(operation, num_tokens=num_tokens, top_k=top_k, dim=dim)
+    _check_threads(operation, num_threads)
+
+
+def _check_activation(operation: str, activation: str, num_rows: int, dim: int, dtype: str, num_threads: int) -> None:
+    for name, value, known in (("activation", activation, _ACTIVATIONS), ("dtype", dtype, _ACTIVATION_DTYPES)):
+        if value not in known:
+            raise InvalidArgument(f"{operation}: expected {name} to be one of {', '.join(sorted(known))}, got {value}")
+    _check_sizes(operation, num_rows=num_rows, dim=dim)
     _check_threads(operation, num_threads)
 
 

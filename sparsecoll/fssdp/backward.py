@@ -7,6 +7,7 @@ the very end of the engine's run waits for what is in flight and adds it to ``.g
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -71,10 +72,17 @@ class Backward:
 
         Called at each forward, for a user may unfreeze parameters at any time.
         """
+        # Python cannot collect a circle that goes through a parameter's hooks.
+        me = weakref.ref(self)
+
+        def accumulated(_: Tensor) -> None:
+            if (backward := me()) is not None:
+                backward._queue()
+
         for number, param in enumerate(self._dense):
             if param.requires_grad and number not in self._watched:
                 self._watched.add(number)
-                param.register_post_accumulate_grad_hook(lambda _: self._queue())
+                param.register_post_accumulate_grad_hook(accumulated)
 
     def after_forward(self, layer: ShardedLayer, forward: Forward, *, has_graph: bool) -> None:
         """A layer's forward has ended: the next one's replicas can travel under the dense work before it."""

@@ -1,5 +1,7 @@
 """The non-linearities between an expert's two matrices, each with its fused backward.
 
+On a CPU, float32 and 16-bit floats take one pass over memory each way, native kernels; all else takes torch's.
+
 Legend: ``N`` rows, ``I`` hidden dim; the pre-activation ``h`` has ``width * I`` columns.
 """
 
@@ -14,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsecoll import native
 from sparsecoll.errors import InvalidArgument
 
 __all__ = ["ACTIVATIONS", "Activation", "ActivationGradient", "find_activation"]
+
+_FUSED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 class ActivationGradient(NamedTuple):
@@ -43,9 +48,37 @@ class Activation(ABC):
     def forward(self, h: Tensor) -> Tensor:
         """``[N, width * I]`` to ``[N, I]``; autograd can follow it."""
 
+    def activate(self, h: Tensor, out: Tensor | None = None) -> Tensor:
+        """`forward` where autograd does not look, into ``out`` ``[N, I]`` if there is one."""
+        if not _is_fused(h, out):
+            activated = self.forward(h)
+            return activated if out is None else out.copy_(activated)
+        num_rows, dim = len(h), h.shape[1] // self.width
+        out = h.new_empty(num_rows, dim) if out is None else out
+        native.activate(out.data_ptr(), h.data_ptr(), self.name, num_rows, dim, _dtype_name(h), torch.get_num_threads())
+        return out
+
+    def backward(self, d_activated: Tensor, h: Tensor, dh: Tensor | None = None) -> ActivationGradient:
+        """Both from ``h`` alone, the gradient in ``dh`` if there is one; overwrites ``d_activated`` ``[N, I]``."""
+        if not _is_fused(h, d_activated, dh):
+            return self._backward_in_torch(d_activated, h, dh)
+        dh = torch.empty_like(h) if dh is None else dh
+        activated = d_activated
+        native.activate_backward(
+            dh.data_ptr(),
+            activated.data_ptr(),
+            d_activated.data_ptr(),
+            h.data_ptr(),
+            self.name,
+            len(h),
+            h.shape[1] // self.width,
+            _dtype_name(h),
+            torch.get_num_threads(),
+        )
+        return ActivationGradient(dh, activated)
+
     @abstractmethod
-    def backward(self, d_activated: Tensor, h: Tensor) -> ActivationGradient:
-        """Both from ``h`` alone; overwrites ``d_activated`` ``[N, I]``."""
+    def _backward_in_torch(self, d_activated: Tensor, h: Tensor, dh: Tensor | None) -> ActivationGradient: ...
 
 
 class SwiGLU(Activation):
@@ -59,9 +92,9 @@ class SwiGLU(Activation):
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def backward(self, d_activated: Tensor, h: Tensor) -> ActivationGradient:
+    def _backward_in_torch(self, d_activated: Tensor, h: Tensor, dh: Tensor | None) -> ActivationGradient:
         gate, up = h.chunk(2, dim=-1)
-        dh = torch.empty_like(h)
+        dh = torch.empty_like(h) if dh is None else dh
         d_gate, d_up = dh.chunk(2, dim=-1)
         activated = F.silu(gate)
         torch.mul(d_activated, activated, out=d_up)
@@ -80,8 +113,8 @@ class GELU(Activation):
     def forward(self, h: Tensor) -> Tensor:
         return F.gelu(h)
 
-    def backward(self, d_activated: Tensor, h: Tensor) -> ActivationGradient:
-        dh = torch.ops.aten.gelu_backward.grad_input(d_activated, h, grad_input=d_activated)
+    def _backward_in_torch(self, d_activated: Tensor, h: Tensor, dh: Tensor | None) -> ActivationGradient:
+        dh = torch.ops.aten.gelu_backward.grad_input(d_activated, h, grad_input=d_activated if dh is None else dh)
         return ActivationGradient(dh, F.gelu(h))
 
 
@@ -93,3 +126,15 @@ def find_activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         raise InvalidArgument(f"find_activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
+
+
+def _is_fused(h: Tensor, *others: Tensor | None) -> bool:
+    """Whether the native kernels take these tensors."""
+    tensors = [h, *(other for other in others if other is not None)]
+    return h.dtype in _FUSED and all(
+        each.device.type == "cpu" and each.dtype == h.dtype and each.is_contiguous() for each in tensors
+    )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -109,7 +109,7 @@ def _forward_by_stack(
     results, saved = [], []
     for part, group, (first, second) in zip(_split(x, groups), groups, stacks, strict=True):
         h = grouped_product(part, first.transpose(1, 2), group)
-        results.append(grouped_product(activation.forward(h), second.transpose(1, 2), group))
+        results.append(grouped_product(activation.activate(h), second.transpose(1, 2), group))
         saved.append(h)
     return _join(results, x), tuple(saved)
 
@@ -163,11 +163,13 @@ def _forward_by_expert(
     y = torch.empty_like(x)
     if not rows:  # A rank may hold no expert at all; it then gets no tokens either.
         return y, (x.new_empty(0, 0),)
-    h = x.new_empty(len(x), rows[0][0].shape[0])
+    first, second = rows[0]
+    h = x.new_empty(len(x), first.shape[0])
+    scratch = x.new_empty(max(counts), second.shape[1])
     for x_e, h_e, y_e, (first, second) in zip(x.split(counts), h.split(counts), y.split(counts), rows, strict=True):
         if len(x_e):
             torch.mm(x_e, first.t(), out=h_e)
-            torch.mm(activation.forward(h_e), second.t(), out=y_e)
+            torch.mm(activation.activate(h_e, scratch[: len(x_e)]), second.t(), out=y_e)
     return y, (h,)
 
 
@@ -185,6 +187,10 @@ def _backward_by_expert(
     """The mirror of `_forward_by_expert`."""
     (h,) = saved
     dx = torch.empty_like(x) if need_dx else None
+    if not rows:
+        return dx
+    dh_scratch = torch.empty_like(h[: max(counts)])
+    d_activated_scratch = x.new_empty(max(counts), rows[0][1].shape[1])
     begin = 0
     for number, (count, (first, second)) in enumerate(zip(counts, rows, strict=True)):
         part = slice(begin, begin + count)
@@ -194,7 +200,8 @@ def _backward_by_expert(
             for gradient in gradients:
                 gradient.zero_()
             continue
-        dh, activated = activation.backward(torch.mm(dy[part], second), h[part])
+        d_activated = torch.mm(dy[part], second, out=d_activated_scratch[:count])
+        dh, activated = activation.backward(d_activated, h[part], dh_scratch[:count])
         if gradients:
             torch.addmm(gradients[1], dy[part].t(), activated, beta=0, alpha=scale, out=gradients[1])
             torch.addmm(gradients[0], dh.t(), x[part], beta=0, alpha=scale, out=gradients[0])

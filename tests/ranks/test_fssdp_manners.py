@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +139,18 @@ def test_runs_with_one_seed_agree_bit_for_bit(balancer: Any) -> None:
     first, second = sc.run_local(main, 3), sc.run_local(main, 3)
     assert first == second
     assert first[0][0] == first[1][0] == first[2][0]
+
+
+def test_a_model_that_nobody_knows_is_freed() -> None:
+    def main(group: sc.Group) -> None:
+        run = Sharded(Case(), group)
+        train(run)
+        known = [weakref.ref(each) for each in (run.model, *run.model.parameters())]
+        del run
+        gc.collect()
+        assert not any(each() is not None for each in known)
+
+    sc.run_local(main, 2)
 
 
 def test_layers_used_as_modules_of_their_own() -> None:
