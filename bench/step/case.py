@@ -9,12 +9,11 @@ by Zipf's law, exactly balanced, or replayed from a model that has been trained 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from bench.report import write_record
 from bench.step.cluster import measure_on_host, run_on_hosts
 from bench.step.options import LAUNCHED, Options, parse
 from bench.step.report import now, print_footer, print_header, print_rows, print_tables, record
-from bench.step.rows import Row
+from bench.step.rows import Row, read_rows, write_rows
 from bench.step.traces import Trace, load_trace, save_trace
 
 __all__ = ["run"]
@@ -56,12 +55,18 @@ def _run_all(options: Options, trace: Trace | None) -> dict[str, Any]:
         seen = run_on_hosts(options)
         rows, errors = seen.rows, [] if seen.problem is None else [seen.problem]
         of_hosts = {"choice": seen.choice, "dropped_packets": seen.dropped_packets}
+        chosen = {key: seen.choice[key] for key in ("length", "tokens") if key in seen.choice}
+        options = replace(options, sizes=replace(options.sizes, **chosen))
     else:
         for backend in options.backends:
             try:
-                rows += _run_over(backend, options)
-            except (sc.BackendUnavailable, _JobFailed) as error:
+                status, more = _run_over(backend, options)
+            except sc.BackendUnavailable as error:
                 errors.append(f"{backend}: {error}")
+                continue
+            rows += more
+            if status or not more:
+                errors.append(f"{backend}: {options.ranks} ranks ended with status {status}")
     print_tables(rows)
     found = record(options, rows, errors, start_time) | of_hosts
     if options.output is not None:
@@ -71,19 +76,14 @@ def _run_all(options: Options, trace: Trace | None) -> dict[str, Any]:
     return found
 
 
-class _JobFailed(Exception):
-    """Ranks have ended without all of their rows; they have said why."""
-
-
-def _run_over(backend: str, options: Options) -> list[Row]:
+def _run_over(backend: str, options: Options) -> tuple[int, list[Row]]:
+    """Runs ranks to their end; returns their status, and the rows that they have measured until then."""
     with tempfile.TemporaryDirectory(prefix="sparsecoll-bench-") as folder:
         output = Path(folder, "rows.jsonl")
         status = run_ranks(
             backend, options.ranks, ["step", *options.arguments, LAUNCHED, str(os.getpid()), "--json", str(output)]
         )
-        if status or not output.exists():
-            raise _JobFailed(f"{options.ranks} ranks ended with status {status}")
-        return [Row(**json.loads(line)) for line in output.read_text().splitlines()]
+        return status, read_rows(output)
 
 
 def _run_rank(options: Options, trace: Trace | None) -> dict[str, Any]:
@@ -94,8 +94,7 @@ def _run_rank(options: Options, trace: Trace | None) -> dict[str, Any]:
 
     def report(rows: list[Row]) -> None:
         print_rows(rows)
-        with output.open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        write_rows(rows, output)
 
     if options.on_cluster:
         measure_on_host(options, trace, report)

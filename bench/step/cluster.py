@@ -17,7 +17,7 @@ from bench.cluster.leash import end_with, limited
 from bench.cluster.rate import topology_of
 from bench.cluster.signals import terminable
 from bench.step.options import LAUNCHED, Options
-from bench.step.rows import Row
+from bench.step.rows import Row, read_rows
 from bench.step.traces import Trace
 
 __all__ = ["Found", "measure_on_host", "run_on_hosts"]
@@ -58,7 +58,7 @@ def run_on_hosts(options: Options) -> Found:
             problem = str(error)
         chosen = _choice_file(output)
         return Found(
-            rows=[Row(**json.loads(line)) for line in output.read_text().splitlines()] if output.exists() else [],
+            rows=read_rows(output),
             choice=json.loads(chosen.read_text()) if chosen.exists() else {},
             dropped_packets=hosts.dropped_packets(),
             problem=problem,

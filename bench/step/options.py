@@ -41,10 +41,11 @@ class _Usual(NamedTuple):
     parts: tuple[str, ...]
     routings: tuple[str, ...]
     balancers: tuple[str, ...]
+    iters: int
 
 
-_HERE = _Usual(("gloo", "mpi"), PARTS, ROUTINGS, (*BALANCERS, SLICES))
-_CLUSTER = _Usual(("gloo",), ("step",), ("zipf12",), ("hecate", "none"))
+_HERE = _Usual(("gloo", "mpi"), PARTS, ROUTINGS, (*BALANCERS, SLICES), 5)
+_CLUSTER = _Usual(("gloo",), ("step",), ("zipf12", "recorded"), ("hecate", "none"), 4)
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def parse(arguments: Sequence[str]) -> Options:
         rate = parse_rate(found.rate) if found.cluster else None
     except sc.InvalidArgument as error:
         parser.error(str(error))
+    if found.cluster and "mpi" in (found.backend or ()):
+        parser.error("--backend: expected gloo with --cluster, got mpi")
     usual = _CLUSTER if found.cluster else _HERE
     listed = list(arguments)
     return Options(
@@ -142,7 +145,7 @@ def parse(arguments: Sequence[str]) -> Options:
         routings=found.routings or usual.routings,
         balancers=found.balancers or usual.balancers,
         sizes=sizes,
-        iterations=found.iters,
+        iterations=found.iters or usual.iters,
         warmup=found.warmup_iters,
         every=found.every,
         seed=found.seed,
@@ -183,12 +186,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--hidden", type=_between(1, 1 << 16), default=sizes.hidden, metavar="N", help=f"default {sizes.hidden}")
     add("--tokens", type=_between(1, 1 << 20), default=sizes.tokens, metavar="N", help="on each rank; default 2048")
     add("--length", type=_between(1, 1 << 20), metavar="N", help="of a sequence; default 256, on a cluster what hides")
-    add("-n", "--iters", type=_between(1, 10000), default=6, metavar="N", help="timed iterations; default 6")
-    add("-w", "--warmup_iters", type=_between(0, 10000), default=3, metavar="N", help="untimed ones before; default 3")
+    add(
+        "-n",
+        "--iters",
+        type=_between(1, 10000),
+        metavar="N",
+        help=f"timed iterations; default {_HERE.iters}, on a cluster {_CLUSTER.iters}",
+    )
+    add("-w", "--warmup_iters", type=_between(0, 10000), default=2, metavar="N", help="untimed ones before; default 2")
     add(
         "--every",
         type=_between(1, 10000),
-        default=3,
+        default=4,
         metavar="N",
         help="FSDP2, DDP and slices run in every N-th iteration",
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["TOLERANCE", "Row"]
+__all__ = ["TOLERANCE", "Row", "read_rows", "write_rows"]
 
 TOLERANCE = 1e-5
 
@@ -62,3 +65,14 @@ class Row:
         p5, p95 = np.quantile(self.times_s, [0.05, 0.95])
         derived = {"time_s": self.time_s, "p5_s": float(p5), "p95_s": float(p95), "right": self.is_right}
         return {**asdict(self), **derived, "hidden_fraction": self.hidden_fraction}
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Appends them, for another process to read; what is there already stays."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What was written; nothing, if there is no such file."""
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []

@@ -23,7 +23,7 @@ from bench.step.figures import best_balancers, summarize, summarize_hiding
 from bench.step.options import RECORDED, parse
 from bench.step.replay import ReplayRouter
 from bench.step.report import record
-from bench.step.rows import Row
+from bench.step.rows import Row, write_rows
 from bench.step.sizes import Sizes
 from bench.step.traces import Trace, load_trace, save_trace
 from sparsecoll.balance import BALANCERS
@@ -267,6 +267,7 @@ def test_flags_of_a_cluster() -> None:
         ["--ranks", "0"],
         ["--iters", "-1"],
         ["--rate", "fast", "--cluster"],
+        ["--backend", "gloo,mpi", "--cluster"],
         ["--experts", "30", "--cluster"],
     ],
 )
@@ -351,6 +352,18 @@ def test_wrong_results_fail() -> None:
         row = Row("torch", "block", "zipf08", "hecate", [0.1], {"outputs": 0.0, "gradients": wrong})
         assert not row.is_right
         assert not record(options, [*GLOO, row], [], "now")["passed"]
+
+
+def test_rows_of_ranks_that_fail_later_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run_ranks(backend: str, ranks: int, arguments: Sequence[str]) -> int:
+        write_rows(GLOO[:2], Path(arguments[-1]))
+        write_rows(GLOO[2:], Path(arguments[-1]))
+        return 9
+
+    monkeypatch.setattr(case, "run_ranks", run_ranks)
+    found = case.run(["--backend", "gloo", "--routings", "zipf08", "--json", str(tmp_path / "record.json")])
+    assert not found["passed"] and found["errors"] == ["torch: 2 ranks ended with status 9"]
+    assert found["summary"] == summarize(GLOO) and len(found["results"]) == len(GLOO)
 
 
 def test_ranks_that_end_without_rows_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
