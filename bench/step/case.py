@@ -131,5 +131,5 @@ def _draw(rows: Sequence[Row], found: dict[str, Any], path: Path) -> None:
         return
     from bench.step.chart import draw_chart
 
-    draw_chart(rows, f"{found['command']}, {found['machine']['cpu']}, commit {found['commit']}", path)
+    draw_chart(rows, f"{found['command']} on {found['machine']['cpu']}, commit {found['commit']}", path)
     print(f"# wrote {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -58,7 +59,7 @@ def draw_chart(rows: Sequence[Row], title: str, path: Path) -> None:
             name: each for panel in panels.flat for each, name in zip(*panel.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_QUIET)
+        figure.suptitle(fill(title, 95 * len(parts)), x=0.01, ha="left", fontsize=9, color=_QUIET)
         figure.savefig(path)
 
 
