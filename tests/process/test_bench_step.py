@@ -111,7 +111,7 @@ def test_mpi_has_no_rivals_of_torchs_own(tmp_path: Path) -> None:
 
 @needs_hosts
 def test_hosts_choose_a_length(tmp_path: Path) -> None:
-    arguments = ["--cluster", "--hosts", "2", "--rate", "400mbit", "--balancers", "hecate"]
+    arguments = ["--cluster", "--hosts", "2", "--rate", "400mbit", "--routings", "zipf12", "--balancers", "hecate"]
     status, out, record = run(tmp_path, *arguments)
     assert status == 0, out
     assert record["passed"] and record["dropped_packets"] == 0
