@@ -2,9 +2,9 @@
 
 Each row gives the median time of both, and ``x_over_torch`` = torch's time / ours: above 1, ours is faster. Results are
 checked in the same run. Sizes are the bytes of one source (sum_rows), of the expert ids (sort_by_expert), of the rows
-moved (permute_rows) and of the experts' rows (combine and its backward).
+moved (permute_rows), of the experts' rows (combine and its backward), and of the pre-activations (activations).
 
-``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``D`` dim.
+``T`` tokens, ``K`` top-k, ``A`` assignments (``T * K``), ``D`` dim, ``N`` rows, ``I`` hidden dim.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from sparsecoll import native
 
 __all__ = ["run"]
 
-_DIM, _TOP_K, _NUM_EXPERTS = 1024, 2, 64
+_DIM, _HIDDEN_DIM, _TOP_K, _NUM_EXPERTS = 1024, 512, 2, 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -113,7 +114,7 @@ def _measure(options: argparse.Namespace) -> Iterator[_Result]:
     size = options.minbytes
     while size <= options.maxbytes:
         for dtype in _DTYPES:
-            for make in (_sum_rows, _sort_by_expert, _permute_rows, _combine, _combine_backward):
+            for make in _KERNELS:
                 if options.op not in ("all", make.__name__.removeprefix("_")):
                     continue
                 if make is _sort_by_expert and dtype != "float32":
@@ -293,6 +294,93 @@ def _combine_backward(size: int, dtype: str, generator: torch.Generator) -> Iter
     yield _Contest("combine_backward", 2 * size + d_out.nbytes, ours, {"autograd": theirs}, is_right)
 
 
+def _swiglu(size: int, dtype: str, generator: torch.Generator) -> Iterator[_Contest]:
+    h, out, _ = _hidden(2, size, dtype, generator)
+
+    def ours() -> None:
+        native.swiglu(out.data_ptr(), h.data_ptr(), len(h), _HIDDEN_DIM, dtype)
+
+    def is_right() -> bool:
+        return _is_near(out, _swiglu_in_torch(h.double()))
+
+    yield _Contest("swiglu", h.nbytes + out.nbytes, ours, {"silu.mul_": lambda: _swiglu_in_torch(h)}, is_right)
+
+
+def _swiglu_backward(size: int, dtype: str, generator: torch.Generator) -> Iterator[_Contest]:
+    """Both ways also give the activation again, which the second matrix's gradient wants."""
+    h, out, d_out = _hidden(2, size, dtype, generator)
+    dh = torch.empty_like(h)
+
+    def ours() -> None:
+        native.swiglu_backward(
+            dh.data_ptr(), out.data_ptr(), d_out.data_ptr(), h.data_ptr(), len(h), _HIDDEN_DIM, dtype
+        )
+
+    def theirs() -> torch.Tensor:
+        (gate, up), (d_gate, d_up) = h.chunk(2, dim=-1), torch.empty_like(h).chunk(2, dim=-1)
+        activated = F.silu(gate)
+        torch.mul(d_out, activated, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_out * up, gate, grad_input=d_gate)
+        return activated.mul_(up)
+
+    def is_right() -> bool:
+        return _are_gradients(dh, out, d_out, h, _swiglu_in_torch)
+
+    yield _Contest("swiglu_backward", 2 * (h.nbytes + out.nbytes), ours, {"silu_backward": theirs}, is_right)
+
+
+def _gelu_backward(size: int, dtype: str, generator: torch.Generator) -> Iterator[_Contest]:
+    """As for swiglu."""
+    h, out, d_out = _hidden(1, size, dtype, generator)
+    dh = torch.empty_like(h)
+
+    def ours() -> None:
+        native.gelu_backward(dh.data_ptr(), out.data_ptr(), d_out.data_ptr(), h.data_ptr(), h.numel(), dtype)
+
+    def theirs() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.aten.gelu_backward(d_out, h), F.gelu(h)
+
+    def is_right() -> bool:
+        return _are_gradients(dh, out, d_out, h, F.gelu)
+
+    yield _Contest("gelu_backward", 4 * h.nbytes, ours, {"gelu_backward": theirs}, is_right)
+
+
+def _swiglu_in_torch(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _hidden(
+    width: int, size: int, dtype: str, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pre-activations ``[N, width * I]``, memory ``[N, I]``, and a gradient like it."""
+    torch_dtype = _DTYPES[dtype]
+    num_rows = size // (width * _HIDDEN_DIM * torch_dtype.itemsize)
+    h = torch.randn(num_rows, width * _HIDDEN_DIM, generator=generator).to(torch_dtype)
+    d_out = torch.randn(num_rows, _HIDDEN_DIM, generator=generator).to(torch_dtype)
+    return h, torch.empty_like(d_out), d_out
+
+
+def _are_gradients(
+    dh: torch.Tensor,
+    activated: torch.Tensor,
+    d_activated: torch.Tensor,
+    h: torch.Tensor,
+    activate: Callable[[torch.Tensor], torch.Tensor],
+) -> bool:
+    exact = h.double().requires_grad_()
+    expected = activate(exact)
+    (d_exact,) = torch.autograd.grad(expected, exact, d_activated.double())
+    return _is_near(dh, d_exact) and _is_near(activated, expected.detach())
+
+
+def _is_near(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Half a last place of the result, and what float32 may lose on the way."""
+    allowed = torch.finfo(value.dtype).eps / 2 * expected.abs() + 1e-6 * (1 + expected.abs())
+    return bool(((value.double() - expected).abs() <= allowed).all())
+
+
 def _combine_in_torch(source: torch.Tensor, position: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (source.index_select(0, position) * weight[:, None]).view(-1, _TOP_K, _DIM).sum(1)
 
@@ -308,6 +396,18 @@ def _routed(size: int, dtype: str, generator: torch.Generator) -> tuple[torch.Te
     position = torch.argsort(torch.argsort(expert_ids, stable=True))
     weight = torch.rand(num_assignments, generator=generator).to(torch_dtype)
     return source, position, weight, num_tokens
+
+
+_KERNELS = (
+    _sum_rows,
+    _sort_by_expert,
+    _permute_rows,
+    _combine,
+    _combine_backward,
+    _swiglu,
+    _swiglu_backward,
+    _gelu_backward,
+)
 
 
 if __name__ == "__main__":

@@ -47,4 +47,18 @@ void combine(std::byte* destination, const std::byte* source, const Routing& rou
 void combine_backward(std::byte* d_source, std::byte* d_weight, const std::byte* d_destination,
                       const std::byte* source, const Routing& routing, DType dtype, int num_threads);
 
+// What lies between an expert's two matrices; dtype is float32, bfloat16 or float16, arithmetic is in float32.
+
+// destination[n] = silu(gate) * up [dim], where source[n] is a gate and an up [2, dim]. They lie apart.
+void swiglu(std::byte* destination, const std::byte* source, std::int64_t num_rows, std::int64_t dim, DType dtype,
+            int num_threads);
+
+// The gradient d_source of source, and swiglu's result again. activated may be d_activated; no others overlap.
+void swiglu_backward(std::byte* d_source, std::byte* activated, const std::byte* d_activated, const std::byte* source,
+                     std::int64_t num_rows, std::int64_t dim, DType dtype, int num_threads);
+
+// The same for the exact gelu, element by element.
+void gelu_backward(std::byte* d_source, std::byte* activated, const std::byte* d_activated, const std::byte* source,
+                   std::int64_t num_elements, DType dtype, int num_threads);
+
 }  // namespace sparsecoll

@@ -74,6 +74,23 @@ void bind_combine_backward(Address d_source, Address d_weight, Address d_destina
                      dtype_named(dtype), num_threads);
 }
 
+void bind_swiglu(Address destination, Address source, std::int64_t num_rows, std::int64_t dim, std::string_view dtype,
+                 int num_threads) {
+    swiglu(pointer(destination), pointer(source), num_rows, dim, dtype_named(dtype), num_threads);
+}
+
+void bind_swiglu_backward(Address d_source, Address activated, Address d_activated, Address source,
+                          std::int64_t num_rows, std::int64_t dim, std::string_view dtype, int num_threads) {
+    swiglu_backward(pointer(d_source), pointer(activated), pointer(d_activated), pointer(source), num_rows, dim,
+                    dtype_named(dtype), num_threads);
+}
+
+void bind_gelu_backward(Address d_source, Address activated, Address d_activated, Address source,
+                        std::int64_t num_elements, std::string_view dtype, int num_threads) {
+    gelu_backward(pointer(d_source), pointer(activated), pointer(d_activated), pointer(source), num_elements,
+                  dtype_named(dtype), num_threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -85,6 +102,9 @@ NB_MODULE(_native, module) {
     module.def("permute_rows", &bind_permute_rows, without_gil());
     module.def("combine", &bind_combine, without_gil());
     module.def("combine_backward", &bind_combine_backward, without_gil());
+    module.def("swiglu", &bind_swiglu, without_gil());
+    module.def("swiglu_backward", &bind_swiglu_backward, without_gil());
+    module.def("gelu_backward", &bind_gelu_backward, without_gil());
     add_planner(module);
     add_balancers(module);
 }

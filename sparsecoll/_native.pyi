@@ -56,24 +56,24 @@ def combine_backward(
     num_threads: int,
     /,
 ) -> None: ...
-def activate(
-    destination: int,
+def swiglu(destination: int, source: int, num_rows: int, dim: int, dtype: str, num_threads: int, /) -> None: ...
+def swiglu_backward(
+    d_source: int,
+    activated: int,
+    d_activated: int,
     source: int,
-    activation: str,
     num_rows: int,
     dim: int,
     dtype: str,
     num_threads: int,
     /,
 ) -> None: ...
-def activate_backward(
+def gelu_backward(
     d_source: int,
     activated: int,
     d_activated: int,
     source: int,
-    activation: str,
-    num_rows: int,
-    dim: int,
+    num_elements: int,
     dtype: str,
     num_threads: int,
     /,

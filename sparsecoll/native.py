@@ -28,13 +28,12 @@ __all__ = [
     "REDUCIBLE",
     "Links",
     "accumulation_itemsize",
-    "activate",
-    "activate_backward",
     "combine",
     "combine_backward",
     "divide_loads",
     "divide_work",
     "draft_transfers",
+    "gelu_backward",
     "itemsize",
     "links",
     "permute_rows",
@@ -43,6 +42,8 @@ __all__ = [
     "sort_by_expert",
     "sum_rows",
     "sum_views",
+    "swiglu",
+    "swiglu_backward",
 ]
 
 _ITEMSIZE = {
@@ -58,7 +59,6 @@ _ITEMSIZE = {
 }
 _FLOATS = frozenset({"float32", "float64", "bfloat16", "float16"})
 _ACTIVATION_DTYPES = frozenset({"float32", "bfloat16", "float16"})
-_ACTIVATIONS = frozenset({"swiglu", "gelu"})
 
 REDUCIBLE = frozenset(_ITEMSIZE)
 """Names of the dtypes that can be summed."""
@@ -274,59 +274,77 @@ def combine_backward(
         )
 
 
-def activate(
-    destination: int, source: int, activation: str, num_rows: int, dim: int, dtype: str, num_threads: int = 1
-) -> None:
-    """Applies what lies between an expert's two matrices, in one pass, in float32, rounded once when it is stored.
+def swiglu(destination: int, source: int, num_rows: int, dim: int, dtype: str, num_threads: int = 1) -> None:
+    """``destination[n] = silu(gate) * up``, in one pass, in float32, rounded once when it is stored.
 
-    Results are within a few last places of float32. What is smaller than about 1e-36 may become zero.
+    Results are within a few last places of float32; a sigmoid below 1e-38 counts as zero.
 
     Args:
         destination: address of ``[N, I]``, apart from ``source``.
-        source: address of ``[N, 2 I]`` for swiglu, ``silu(gate) * up``, the gate in the first half of a row; of
-            ``[N, I]`` for gelu, the exact one.
-        activation: ``swiglu`` or ``gelu``.
+        source: address of ``[N, 2 I]``, the gate in the first half of a row.
         num_rows, dim: N and I.
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        InvalidArgument: a negative size, a null address, another activation or dtype.
+        InvalidArgument: a negative size, a null address or another dtype.
     """
-    _check_activation("activate", activation, num_rows, dim, dtype, num_threads)
+    _check_activation("swiglu", dtype, num_threads, num_rows=num_rows, dim=dim)
     if num_rows and dim:
-        _check_addresses("activate", destination=destination, source=source)
-        _native.activate(destination, source, activation, num_rows, dim, dtype, num_threads)
+        _check_addresses("swiglu", destination=destination, source=source)
+        _native.swiglu(destination, source, num_rows, dim, dtype, num_threads)
 
 
-def activate_backward(
+def swiglu_backward(
     d_source: int,
     activated: int,
     d_activated: int,
     source: int,
-    activation: str,
     num_rows: int,
     dim: int,
     dtype: str,
     num_threads: int = 1,
 ) -> None:
-    """The gradient of `activate`, whose arguments keep their names, and its result again, in one pass.
+    """The gradient of `swiglu`, whose arguments keep their names, and its result again, in one pass.
 
     Args:
-        d_source: address to fill, as large as ``source``; apart from all others.
-        activated: address of ``[N, I]`` to fill with the bits that `activate` gives; may be ``d_activated``.
+        d_source: address of ``[N, 2 I]`` to fill, apart from all others.
+        activated: address of ``[N, I]`` to fill with the bits that `swiglu` gives; may be ``d_activated``.
         d_activated: address of the incoming gradient ``[N, I]``.
 
     Raises:
-        InvalidArgument: a negative size, a null address, another activation or dtype.
+        InvalidArgument: a negative size, a null address or another dtype.
     """
-    _check_activation("activate_backward", activation, num_rows, dim, dtype, num_threads)
+    _check_activation("swiglu_backward", dtype, num_threads, num_rows=num_rows, dim=dim)
     if num_rows and dim:
         _check_addresses(
-            "activate_backward", d_source=d_source, activated=activated, d_activated=d_activated, source=source
+            "swiglu_backward", d_source=d_source, activated=activated, d_activated=d_activated, source=source
         )
-        _native.activate_backward(
-            d_source, activated, d_activated, source, activation, num_rows, dim, dtype, num_threads
+        _native.swiglu_backward(d_source, activated, d_activated, source, num_rows, dim, dtype, num_threads)
+
+
+def gelu_backward(
+    d_source: int,
+    activated: int,
+    d_activated: int,
+    source: int,
+    num_elements: int,
+    dtype: str,
+    num_threads: int = 1,
+) -> None:
+    """The gradient of the exact gelu and its result, in one pass, in float32; a tail below 1e-38 counts as zero.
+
+    Arguments are those of `swiglu_backward`, all of ``[num_elements]``. A forward of its own would gain nothing:
+    where torch runs, that is one pass already.
+
+    Raises:
+        InvalidArgument: a negative size, a null address or another dtype.
+    """
+    _check_activation("gelu_backward", dtype, num_threads, num_elements=num_elements)
+    if num_elements:
+        _check_addresses(
+            "gelu_backward", d_source=d_source, activated=activated, d_activated=d_activated, source=source
         )
+        _native.gelu_backward(d_source, activated, d_activated, source, num_elements, dtype, num_threads)
 
 
 def links(
@@ -482,11 +500,11 @@ def _check_routing(operation: str, num_tokens: int, top_k: int, dim: int, dtype:
     _check_threads(operation, num_threads)
 
 
-def _check_activation(operation: str, activation: str, num_rows: int, dim: int, dtype: str, num_threads: int) -> None:
-    for name, value, known in (("activation", activation, _ACTIVATIONS), ("dtype", dtype, _ACTIVATION_DTYPES)):
-        if value not in known:
-            raise InvalidArgument(f"{operation}: expected {name} to be one of {', '.join(sorted(known))}, got {value}")
-    _check_sizes(operation, num_rows=num_rows, dim=dim)
+def _check_activation(operation: str, dtype: str, num_threads: int, **sizes: int) -> None:
+    if dtype not in _ACTIVATION_DTYPES:
+        known = ", ".join(sorted(_ACTIVATION_DTYPES))
+        raise InvalidArgument(f"{operation}: expected dtype to be one of {known}, got {dtype}")
+    _check_sizes(operation, **sizes)
     _check_threads(operation, num_threads)
 
 

@@ -1,6 +1,6 @@
 """The non-linearities between an expert's two matrices, each with its fused backward.
 
-On a CPU, float32 and 16-bit floats take one pass over memory each way, native kernels; all else takes torch's.
+On a CPU, native kernels take one pass over float32 and 16-bit floats where torch takes several.
 
 Legend: ``N`` rows, ``I`` hidden dim; the pre-activation ``h`` has ``width * I`` columns.
 """
@@ -48,37 +48,13 @@ class Activation(ABC):
     def forward(self, h: Tensor) -> Tensor:
         """``[N, width * I]`` to ``[N, I]``; autograd can follow it."""
 
+    @abstractmethod
     def activate(self, h: Tensor, out: Tensor | None = None) -> Tensor:
         """`forward` where autograd does not look, into ``out`` ``[N, I]`` if there is one."""
-        if not _is_fused(h, out):
-            activated = self.forward(h)
-            return activated if out is None else out.copy_(activated)
-        num_rows, dim = len(h), h.shape[1] // self.width
-        out = h.new_empty(num_rows, dim) if out is None else out
-        native.activate(out.data_ptr(), h.data_ptr(), self.name, num_rows, dim, _dtype_name(h), torch.get_num_threads())
-        return out
-
-    def backward(self, d_activated: Tensor, h: Tensor, dh: Tensor | None = None) -> ActivationGradient:
-        """Both from ``h`` alone, the gradient in ``dh`` if there is one; overwrites ``d_activated`` ``[N, I]``."""
-        if not _is_fused(h, d_activated, dh):
-            return self._backward_in_torch(d_activated, h, dh)
-        dh = torch.empty_like(h) if dh is None else dh
-        activated = d_activated
-        native.activate_backward(
-            dh.data_ptr(),
-            activated.data_ptr(),
-            d_activated.data_ptr(),
-            h.data_ptr(),
-            self.name,
-            len(h),
-            h.shape[1] // self.width,
-            _dtype_name(h),
-            torch.get_num_threads(),
-        )
-        return ActivationGradient(dh, activated)
 
     @abstractmethod
-    def _backward_in_torch(self, d_activated: Tensor, h: Tensor, dh: Tensor | None) -> ActivationGradient: ...
+    def backward(self, d_activated: Tensor, h: Tensor, dh: Tensor | None = None) -> ActivationGradient:
+        """Both from ``h`` alone, the gradient in ``dh`` if there is one; overwrites ``d_activated`` ``[N, I]``."""
 
 
 class SwiGLU(Activation):
@@ -92,9 +68,32 @@ class SwiGLU(Activation):
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def _backward_in_torch(self, d_activated: Tensor, h: Tensor, dh: Tensor | None) -> ActivationGradient:
+    def activate(self, h: Tensor, out: Tensor | None = None) -> Tensor:
+        out = h.new_empty(len(h), h.shape[1] // 2) if out is None else out
+        if _is_fused(h, out):
+            num_rows, dim = out.shape
+            native.swiglu(out.data_ptr(), h.data_ptr(), num_rows, dim, _dtype_name(h), torch.get_num_threads())
+            return out
         gate, up = h.chunk(2, dim=-1)
+        return torch.ops.aten.silu.out(gate, out=out).mul_(up)
+
+    def backward(self, d_activated: Tensor, h: Tensor, dh: Tensor | None = None) -> ActivationGradient:
         dh = torch.empty_like(h) if dh is None else dh
+        if _is_fused(h, d_activated, dh):
+            activated = d_activated
+            num_rows, dim = activated.shape
+            native.swiglu_backward(
+                dh.data_ptr(),
+                activated.data_ptr(),
+                d_activated.data_ptr(),
+                h.data_ptr(),
+                num_rows,
+                dim,
+                _dtype_name(h),
+                torch.get_num_threads(),
+            )
+            return ActivationGradient(dh, activated)
+        gate, up = h.chunk(2, dim=-1)
         d_gate, d_up = dh.chunk(2, dim=-1)
         activated = F.silu(gate)
         torch.mul(d_activated, activated, out=d_up)
@@ -113,7 +112,23 @@ class GELU(Activation):
     def forward(self, h: Tensor) -> Tensor:
         return F.gelu(h)
 
-    def _backward_in_torch(self, d_activated: Tensor, h: Tensor, dh: Tensor | None) -> ActivationGradient:
+    def activate(self, h: Tensor, out: Tensor | None = None) -> Tensor:
+        return F.gelu(h) if out is None else torch.ops.aten.gelu.out(h, out=out)
+
+    def backward(self, d_activated: Tensor, h: Tensor, dh: Tensor | None = None) -> ActivationGradient:
+        if _is_fused(h, d_activated, dh):
+            dh = torch.empty_like(h) if dh is None else dh
+            activated = d_activated
+            native.gelu_backward(
+                dh.data_ptr(),
+                activated.data_ptr(),
+                d_activated.data_ptr(),
+                h.data_ptr(),
+                h.numel(),
+                _dtype_name(h),
+                torch.get_num_threads(),
+            )
+            return ActivationGradient(dh, activated)
         dh = torch.ops.aten.gelu_backward.grad_input(d_activated, h, grad_input=d_activated if dh is None else dh)
         return ActivationGradient(dh, F.gelu(h))
 
