@@ -5,10 +5,10 @@
 #include "dispatch.hpp"
 #include "kernels.hpp"
 
-// [Note: exponentials] A loop with std::exp is not vectorized, and a mathematical library may have other bits on another
-// processor. Ours is additions, multiplications and selections, which give the same bits in vectors of any width.
-// Arguments are at most 0: nothing overflows, and sigmoids and tails of the normal distribution are small as ratios or
-// products, not as differences.
+// [Note: exponentials] A loop with std::exp is not vectorized, and a mathematical library may have other bits on
+// another processor. Ours is additions, multiplications and selections, which give the same bits in vectors of any
+// width. Arguments are at most 0: nothing overflows, and sigmoids and tails of the normal distribution are small as
+// ratios or products, not as differences.
 
 namespace sparsecoll {
 namespace {
@@ -23,7 +23,8 @@ SPARSECOLL_INLINE float select(bool condition, float yes, float no) {
                                 (std::bit_cast<std::uint32_t>(no) & ~mask));
 }
 
-// e^(x + rest) to about one last place, for x <= 0 and |rest| < 0.03: 2^n * e^r with |r| < 0.38.
+// e^(x + rest) to about one last place, for x <= 0 and |rest| < 0.03: 2^n * e^r with |r| < 0.38. A rest of -0 (and not
+// of 0) costs nothing: compilers know that adding it changes no bit.
 SPARSECOLL_INLINE float exp_of(float x, float rest) {
     constexpr float log2_e = 0x1.715476p+0f, magic = 0x1.8p+23f;  // adding it rounds to a whole number, in low bits
     constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;  // the high part times n is exact
