@@ -144,7 +144,7 @@ class Group:
         """Staging memory that is kept for operations to come."""
         if isinstance(self.transport, StreamTransport):
             return self.transport.gpu.staging_bytes
-        return self.arenas.reserved_bytes
+        return self.arenas.reserved_bytes + (0 if self._twin is None else self._twin.staging_bytes)
 
     @property
     def record_bytes(self) -> int:

@@ -16,6 +16,7 @@ from sparsecoll.collectives.call import CallSteps
 from sparsecoll.collectives.rows import contiguous, dtype_name, itemsize_of, view_of
 from sparsecoll.executor import (
     Recipe,
+    Segments,
     Spot,
     Spots,
     all_gather_steps,
@@ -24,7 +25,6 @@ from sparsecoll.executor import (
     reduce_scatter_steps,
     run_recipe,
 )
-from sparsecoll.executor.host import Segments
 from sparsecoll.group import Group
 from sparsecoll.plan import Plan
 from sparsecoll.transport.base import HostTransport, Operation

@@ -1,7 +1,8 @@
 """Runs one rank's part of a Plan: over messages in host memory, or in rounds on a stream."""
 
-from sparsecoll.executor.host import Segments, Steps, all_gather_steps, reduce_scatter_steps
+from sparsecoll.executor.host import Steps, all_gather_steps, reduce_scatter_steps
 from sparsecoll.executor.recipe import Recipe, Spot, Spots, gather_recipe, reduce_recipe
+from sparsecoll.executor.segments import Segments
 from sparsecoll.executor.stream import run_recipe
 
 __all__ = [

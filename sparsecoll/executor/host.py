@@ -17,13 +17,13 @@ from typing import Protocol
 import numpy as np
 
 from sparsecoll.arena import Arena
+from sparsecoll.executor.segments import Segments, cut, cut_sizes
+from sparsecoll.executor.windowed import is_crowded, reduce_in_turn
 from sparsecoll.native import accumulation_itemsize, itemsize, sum_views
 from sparsecoll.plan import LEAD, Move, Plan, Program, program
 from sparsecoll.transport.base import HostTransport, Message, Operation, View
 
-__all__ = ["Segments", "Steps", "all_gather_steps", "reduce_scatter_steps"]
-
-Segments = tuple[View, ...]
+__all__ = ["Steps", "all_gather_steps", "reduce_scatter_steps"]
 
 Steps = Iterator[bool]
 """Yields once: whether all that is left can wait until the caller has time, as no other rank waits for this one."""
@@ -82,8 +82,12 @@ def reduce_scatter_steps(
         dtypes: name of the element type of each segment.
     """
     mine = program(plan, transport.rank)
-    arena.reset(int(plan.staging_bytes[transport.rank]))
     divisors = plan.place.holders.sum(axis=1).tolist() if mean else [1] * plan.place.num_chunks
+    if is_crowded(mine):
+        arguments = (mine, transport, source, destination, segment_bytes, dtypes, divisors, operation, arena)
+        yield from reduce_in_turn(*arguments)
+        return
+    arena.reset(int(plan.staging_bytes[transport.rank]))
     payload = _Reduced(source, destination, segment_bytes, dtypes, divisors, mine, arena)
     yield from _flow(mine, transport, operation, payload)
     payload.finish()
@@ -245,10 +249,10 @@ class _Gathered:
         self._at = at
 
     def outgoing(self, move: Move) -> Iterable[View]:
-        return _cut(self._at[move.chunk], move.begin, move.end)
+        return cut(self._at[move.chunk], move.begin, move.end)
 
     def landing(self, number: int, move: Move) -> Iterable[View]:
-        return _cut(self._at[move.chunk], move.begin, move.end)
+        return cut(self._at[move.chunk], move.begin, move.end)
 
     def arrived(self, number: int) -> None:
         pass
@@ -288,8 +292,8 @@ class _Reduced:
             self._add(total, move.chunk, move.begin, move.end, move.needs, is_partial=True)
             return total
         if move.chunk in self._source:
-            return _cut(self._source[move.chunk], move.begin, move.end)
-        sizes = _cut_sizes(self._segment_bytes[move.chunk], move.begin, move.end)
+            return cut(self._source[move.chunk], move.begin, move.end)
+        sizes = cut_sizes(self._segment_bytes[move.chunk], move.begin, move.end)
         if self._zeros.nbytes < max(sizes):
             self._zeros = self._arena.take(max(sizes))
             self._zeros[:] = 0
@@ -310,7 +314,7 @@ class _Reduced:
 
     def _finish(self, index: int) -> None:
         chunk, begin, end, numbers = self._mine.sums[index]
-        self._add(_cut(self._destination[chunk], begin, end), chunk, begin, end, numbers, divisor=self._divisors[chunk])
+        self._add(cut(self._destination[chunk], begin, end), chunk, begin, end, numbers, divisor=self._divisors[chunk])
 
     def _add(
         self,
@@ -324,7 +328,7 @@ class _Reduced:
         divisor: int = 1,
     ) -> None:
         """Own contribution first, then arrivals in the Plan's order."""
-        parts = [_cut(self._source[chunk], begin, end)] if chunk in self._source else []
+        parts = [cut(self._source[chunk], begin, end)] if chunk in self._source else []
         are_partial = [False] * len(parts) + [self._mine.receives[number].partial for number in numbers]
         parts += [self._landed[number] for number in numbers]
         for position, dtype in enumerate(self._dtypes):
@@ -340,23 +344,5 @@ class _Reduced:
 
     def _take(self, move: Move) -> Segments:
         widths = self._widths if move.partial else [1] * len(self._widths)
-        sizes = _cut_sizes(self._segment_bytes[move.chunk], move.begin, move.end)
+        sizes = cut_sizes(self._segment_bytes[move.chunk], move.begin, move.end)
         return tuple(self._arena.take(size * width) for size, width in zip(sizes, widths, strict=True))
-
-
-def _cut(segments: Segments, begin: int, end: int) -> Segments:
-    """Bytes ``begin`` to ``end`` of a chunk: a view of each segment, empty where the range has nothing of it."""
-    parts = []
-    for segment in segments:
-        parts.append(segment[max(begin, 0) : max(end, 0)])
-        begin, end = begin - segment.nbytes, end - segment.nbytes
-    return tuple(parts)
-
-
-def _cut_sizes(sizes: Sequence[int], begin: int, end: int) -> list[int]:
-    """Sizes of what `_cut` gives."""
-    parts = []
-    for size in sizes:
-        parts.append(max(min(end, size), 0) - max(min(begin, size), 0))
-        begin, end = begin - size, end - size
-    return parts
