@@ -102,7 +102,7 @@ def test_memory_report_counts_what_is_there() -> None:
         assert last.pool_bytes <= peak_bytes / 4, "what is kept for the next step"
         assert last.grad_bytes == sum(p.grad.nbytes for p in run.model.parameters() if p.grad is not None)
         assert last.optimizer_bytes == last.grad_bytes, "one momentum for each gradient"
-        assert last.staging_bytes == group.arenas.reserved_bytes
+        assert last.staging_bytes == sum(each.arenas.reserved_bytes for each in (group, group.twin()))
 
     sc.run_local(main, 3)
 
