@@ -1,7 +1,7 @@
 """Keeps messages going that nobody waits for yet, for back ends that move bytes only while they are called.
 
 [Note: progress] A thread polls what the owner has left in flight, until all of it has ended, and sleeps until more is
-left. Whoever posts and waits at once does not wake it: that doubled the time of small operations on a busy machine.
+left. Whoever posts and waits at once does not wake it: small operations took up to twice as long on a busy machine.
 While the owner waits for something, it polls by itself and the thread does not.
 
 A poll lets go of the interpreter, and what it copies it copies beside Python. Where one copies little (MPICH without
