@@ -63,6 +63,7 @@ class MpiTransport(TaggedTransport):
     Args:
         comm: an intracommunicator of mpi4py; None takes all ranks.
         timeout_s: allowed time until all ranks have come.
+        beside: what polls for a twin of this transport.
 
     Raises:
         BackendUnavailable: mpi4py or an MPI library is missing.
@@ -72,7 +73,7 @@ class MpiTransport(TaggedTransport):
 
     backend = "mpi"
 
-    def __init__(self, comm: Any | None = None, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, comm: Any | None = None, *, timeout_s: float = 300.0, beside: Progress | None = None) -> None:
         self._mpi = _import_mpi()
         comm = self._mpi.COMM_WORLD if comm is None else comm
         if not isinstance(comm, self._mpi.Intracomm) or comm == self._mpi.COMM_NULL:
@@ -88,12 +89,12 @@ class MpiTransport(TaggedTransport):
         self._abandoned: list[Request] = []
         self._control.Set_attr(self._mpi.Comm.Create_keyval(), self._abandoned)
         self._tracked: list[tuple[Request, Hashable]] = []
-        self._progress = Progress(f"sparsecoll-{self.rank}-progress")
+        self._progress = Progress(f"sparsecoll-{self.rank}-progress", beside)
         # MPI must not end under a poll, so the thread of a transport that nobody closes ends before Python does.
         weakref.finalize(self, self._progress.close)
 
     def twin(self) -> MpiTransport:
-        return MpiTransport(self._payload)
+        return MpiTransport(self._payload, beside=self._progress)
 
     def _duplicate(self, comm: Any, operation: Operation) -> Any:
         duplicate, request = comm.Idup()

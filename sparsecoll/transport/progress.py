@@ -41,11 +41,15 @@ class Progress:
 
     Attributes:
         num_polls: calls of the back end so far.
+
+    Args:
+        name: of the thread.
+        beside: another one over the same back end, whose owner's waits make all messages go on.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, beside: Progress | None = None) -> None:
         self.num_polls = 0
-        self._name = name
+        self._name, self._beside = name, beside
         self._thread: threading.Thread | None = None
         self._posted: deque[Handle] = deque()  # the owner's, as `_in_flight` is the thread's
         self._in_flight: deque[Handle] = deque()
@@ -79,6 +83,11 @@ class Progress:
     def go_on(self) -> None:
         self._is_paused = False
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether an owner polls."""
+        return self._is_paused or (self._beside is not None and self._beside.is_paused)
+
     def close(self) -> None:
         """Ends the thread. Idempotent, and safe wherever Python collects garbage."""
         self._is_closed = True
@@ -111,7 +120,7 @@ class Progress:
         deadline_s = time.perf_counter() + _BURST_S
         while self._in_flight:
             with self._polling:
-                if self._is_paused or self._is_closed:
+                if self.is_paused or self._is_closed:
                     return False
                 begin_s = time.perf_counter()
                 has_ended = self._look_at(self._in_flight[0])

@@ -123,6 +123,21 @@ def test_no_poll_while_the_owner_waits(progress: Progress) -> None:
     until(lambda: request.num_asked > 1)
 
 
+def test_no_poll_while_the_owner_of_another_one_waits(progress: Progress) -> None:
+    """Whoever polls for some messages moves all of them."""
+    request, second = FakeRequest(), Progress("second", beside=progress)
+    try:
+        progress.pause()
+        second.posted([request])
+        second.leave()
+        time.sleep(0.05)
+        assert request.num_asked == 0
+        progress.go_on()
+        until(lambda: request.num_asked > 0)
+    finally:
+        second.close()
+
+
 def test_what_its_owner_has_ended_is_not_polled(progress: Progress) -> None:
     ended, running = FakeRequest(), FakeRequest()
     progress.posted([ended, running])
@@ -263,6 +278,21 @@ def check_several_operations_and_records(transport: MpiTransport) -> None:
         transport.wait(requests, op)
         left = (transport.rank - 1) % transport.world_size
         np.testing.assert_array_equal(view, content(left, op.sequence, view.nbytes))
+
+
+def check_messages_of_a_twin(transport: MpiTransport) -> None:
+    """Left on the twin, they arrive while the other one exchanges records and waits for messages."""
+    twin, left = transport.twin(), (transport.rank - 1) % transport.world_size
+    op = Operation("left", 2, LIMIT_S)
+    requests, received = post_and_leave(twin, op)
+    expected = content(left, op.sequence, NUM_BYTES)
+    transport.exchange(b"record", op)
+    while not np.array_equal(received, expected):
+        assert op.remaining_s > 0.0, "nothing has moved"
+    transport.exchange(b"arrived", op)
+    twin.wait(requests, op)
+    twin.close()
+    assert not threads_of(twin)
 
 
 def check_left_and_then_tracked(transport: MpiTransport) -> None:
