@@ -323,7 +323,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _worst(expected: Sequence[float], found: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True))
+    return max(abs(a - b) / max(abs(a), 1e-30) for a, b in zip(expected, found, strict=True))
 
 
 def _relative(expected: Tensor, found: Tensor) -> float:
