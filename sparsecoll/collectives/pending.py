@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from sparsecoll.collectives.call import CallSteps, finish
 from sparsecoll.group import Group
-from sparsecoll.transport.base import Counters, Operation
+from sparsecoll.transport.base import Counters, HostTransport, Operation
 from sparsecoll.work import Work
 
 __all__ = ["Pending"]
@@ -50,6 +50,8 @@ class Pending:
             self._work = group.start(self._operation, self._all, value, out)
         elif not group.run(self._operation, self._post):
             self._work = group.start(self._operation, self._end, value, out)
+        elif isinstance(group.transport, HostTransport):
+            group.transport.keep_going()
 
     def result(self) -> Any:
         """Waits for the messages, does what is left, and gives what the blocking call would return."""

@@ -173,6 +173,9 @@ class HostTransport(Transport):
     def _receive(self, peer: int, view: View, operation: Operation) -> Any:
         """Starts one non-empty receive and returns its request."""
 
+    def keep_going(self) -> None:
+        """Has what is in flight go on while the caller computes. Nothing to do where it goes on by itself."""
+
     @abstractmethod
     def wait(self, requests: Sequence[Any], operation: Operation) -> None:
         """Blocks until all ``requests`` have ended.
