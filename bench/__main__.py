@@ -25,6 +25,7 @@ _CASES = {
     "planner": "bench.planner",
     "balance": "bench.balance.case",
     "step": "bench.step.case",
+    "memory": "bench.footprint.case",
     "gpu": "bench.gpu.case",
 }
 

@@ -1,0 +1,1 @@
+"""How many bytes training takes, counted by allocation."""
