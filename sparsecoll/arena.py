@@ -52,6 +52,8 @@ class ArenaPool:
         return sum(arena.reserved_bytes for arena in self._all)
 
     def borrow(self) -> Arena:
+        """The largest that is free, so that small operations do not make others grow."""
+        self._free.sort(key=lambda arena: arena.reserved_bytes)
         if not self._free:
             self._free.append(Arena())
             self._all.append(self._free[-1])

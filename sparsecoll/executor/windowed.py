@@ -17,8 +17,8 @@ from sparsecoll.transport.base import HostTransport, Message, Operation
 
 __all__ = ["is_crowded", "reduce_in_turn"]
 
-_WINDOW = 3
-"""Receives in flight: one that is added, one that is full by then, one on its way."""
+_WINDOW = 2
+"""Receives in flight: one that is added, and one on its way."""
 
 _MOST_FOR_EACH = 4
 """Contributions to an owned range up to which they are all let in at once."""

@@ -20,9 +20,9 @@ Stack = tuple[Tensor, ...]
 class ReplicaPool:
     """Lends stacks and takes them back.
 
-    On a CPU, where fresh memory costs a fault for each page, it keeps up to a quarter of the most that was ever lent
-    at once: between a backward and the next forward gradients and optimizer find room where replicas were. On a GPU
-    torch's own allocator is the pool, and keeps what is given back.
+    On a CPU, where fresh memory costs a fault for each page, it keeps one block, or up to a quarter of the most that
+    was ever lent at once: between a backward and the next forward gradients and optimizer find room where replicas
+    were. On a GPU torch's own allocator is the pool, and keeps what is given back.
 
     Attributes:
         lent_bytes: lent now.
@@ -76,7 +76,7 @@ class ReplicaPool:
             self.lent_bytes -= memory.nbytes
             if memory.is_cuda or not memory.nbytes:
                 return
-            if self.free_bytes + memory.nbytes <= self.peak_bytes // 4:
+            if not self._free or self.free_bytes + memory.nbytes <= self.peak_bytes // 4:
                 self._free = sorted([*self._free, memory], key=lambda each: -each.nbytes)
 
 

@@ -194,8 +194,8 @@ class _HeldExperts(torch.autograd.Function):
         forward: Forward = ctx.forward
         routes: LocalRoutes = ctx.routes
         trains = any(ctx.needs_input_grad[5:])
-        groups, stacks = routes.present(forward.replicas.stacks(), weights)
         ctx.backward.before_experts(forward)
+        groups, stacks = routes.present(forward.replicas.stacks(), weights)
         owned = tuple(torch.empty_like(weight) for weight in weights) if trains else ()
         leases = forward.replicas.new_gradients() if trains else []
         with layer.span("experts_backward", "compute"):
@@ -211,6 +211,7 @@ class _HeldExperts(torch.autograd.Function):
                 # The gradient rule's 1/W costs nothing as a factor of the matrix product.
                 scale=1 / layer.group.world_size,
             )
+        del stacks  # or the rows that are released now would stay beside those that are gathered next
         if trains:
             ctx.backward.reduce(layer, forward, owned, leases)
         ctx.backward.after_experts(forward)

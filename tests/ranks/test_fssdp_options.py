@@ -318,8 +318,18 @@ def test_costs_are_measured_agreed_on_and_taken_along() -> None:
         assert again.model.costs() == costs
         return costs
 
-    first, *others = sc.run_local(main, 3)
+    first, *others = sc.run_local(main, 3, topology=sc.Topology((0, 0, 1)))
     assert all(each == first for each in others)
+
+
+def test_copies_through_one_machines_memory_hide_behind_nothing() -> None:
+    def main(group: sc.Group) -> None:
+        run = Sharded(case_of(NoReplicas()), group)
+        train(run)
+        assert group.topology.shared_memory
+        assert all(cost.token_s > 0 and cost.hidden_s == 0 for cost in run.model.costs().values())
+
+    sc.run_local(main, 2)
 
 
 def test_prefetch_orders_can_be_told() -> None:

@@ -345,12 +345,12 @@ def test_counts_come_back_while_the_host_does_something_else() -> None:
             gate = threading.Event()
             device.fake.run_on(stream, lambda gate=gate: gate.wait(20.0))
             device.fake.run_on(stream, lambda counts=counts, step=step: counts.fill_(10 * step + group.rank))
-            exchange = CountExchange(group, "counts", digest_of(step), dict, counts, group.rank == step)
+            exchange = CountExchange(group, "counts", digest_of(step), dict, counts, [group.rank == step, -step])
             gate.set()
-            loads, flags = exchange.result()
+            loads, numbers = exchange.result()
             assert loads.tolist() == [[10 * step + rank] * 5 for rank in range(group.world_size)]
-            assert flags.tolist() == [rank == step for rank in range(group.world_size)]
-        wrong = CountExchange(group, "counts", digest_of(group.rank), lambda: {"layer": group.rank}, counts, False)
+            assert numbers.tolist() == [[rank == step, -step] for rank in range(group.world_size)]
+        wrong = CountExchange(group, "counts", digest_of(group.rank), lambda: {"layer": group.rank}, counts, [])
         with pytest.raises(sc.CollectiveMismatch, match="equal layer"):
             wrong.result()
         assert group.stats().control_bytes > 0
@@ -362,13 +362,13 @@ def test_ranks_in_different_layers_meet_in_their_counts() -> None:
     """Of another number of experts, too: the records have one length."""
 
     def main(group: sc.Group) -> None:
-        group.reserve_record(64 + 8 * 9)
+        group.reserve_record(64 + 8 * (9 + 1))
         counts = torch.ones(5 if group.rank == 0 else 9, dtype=torch.int64)
         layer = {"layer": f"layer {group.rank}"}
-        exchange = CountExchange(group, "counts", digest_of(layer), lambda: layer, counts, False)
+        exchange = CountExchange(group, "counts", digest_of(layer), lambda: layer, counts, [0])
         with pytest.raises(sc.CollectiveMismatch, match="equal layer"):
             exchange.result()
-        loads, _ = CountExchange(group, "counts", digest_of(0), dict, torch.arange(5), False).result()
+        loads, _ = CountExchange(group, "counts", digest_of(0), dict, torch.arange(5), [0]).result()
         assert loads.tolist() == [[0, 1, 2, 3, 4]] * 3
 
     run_emulated(main, 3)
