@@ -299,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", type=_backends, default=["torch", "mpi"], metavar="LIST", help="of gloo, mpi and local")
     add("--ranks", type=_numbers, default=[2, 3, 4], metavar="LIST", help="world sizes; default 2,3,4")
     add("--ways", type=_ways, default=list(WAYS.values()), metavar="LIST", help=f"of {', '.join(WAYS)}; default all")
-    add("--steps", type=int, default=20, metavar="N", help="optimizer steps of the plain way; half for the others")
+    add("--steps", type=int, default=20, metavar="N", help="optimizer steps of the plain way, twice the others'")
     add("-J", "--json", type=Path, metavar="FILE", help="record in JSON")
     add("--launched", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -19,7 +19,7 @@ __all__ = ["Growth", "measure_growth"]
 _RANKS = 2
 # Routing repeats itself, so that after a tenth of 1,000 steps and after all of them the same experts have replicas, and
 # every byte that is more is one that nobody will give back.
-_SIZES = Sizes(layers=3, experts=8, width=16, hidden=32, tokens=8, period=30, checkpointed=1)
+_SIZES = Sizes(layers=2, experts=8, width=16, hidden=32, tokens=8, period=6, checkpointed=1)
 _BUSIEST = Busiest(most=2)
 _LIMIT_S = 1800.0
 

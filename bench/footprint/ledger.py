@@ -85,6 +85,11 @@ class Ledger(TorchDispatchMode):
             self._see(tensor)
         return result
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and keeping a compiler away at each operation takes longer than counting.
+        return False
+
     def now(self) -> Alive:
         """What is alive."""
         self._bury()

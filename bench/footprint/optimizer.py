@@ -40,7 +40,7 @@ class MasterAdamW(torch.optim.Optimizer):
         (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
         tensors = param, grad, state["master"], state["exp_avg"], state["exp_avg_sq"]
         for part, narrow, master, mean, square in zip(*(each.view(-1).split(_PIECE) for each in tensors), strict=True):
-            wide = narrow.to(torch.float32)
+            wide = narrow.to(torch.float32, copy=True)
             mean.lerp_(wide, 1 - beta1)
             square.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
             scale = torch.sqrt(square, out=wide).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
