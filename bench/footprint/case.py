@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hidden", type=int, default=512)
     add("--tokens", type=int, default=1, help="on each rank; few, as nothing is said here about activations")
     add("--steps", type=int, default=1000, help="of the training that must not grow")
-    add("-n", "--iters", type=int, default=3, help="steps in which the peak is looked for")
-    add("-w", "--warmup_iters", type=int, default=3, help="steps before them")
+    add("-n", "--iters", type=int, default=2, help="steps in which the peak is looked for")
+    add("-w", "--warmup_iters", type=int, default=2, help="steps before them")
     add("-J", "--json", type=Path, metavar="FILE", help="record in JSON")
     return parser

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["MasterAdamW"]
 
-_PIECE = 1 << 14
+_PIECE = 1 << 15
 """Elements that are updated at a time, so that hardly any memory is taken for wide gradients."""
 
 
@@ -39,8 +39,9 @@ class MasterAdamW(torch.optim.Optimizer):
         state["step"] += 1
         (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
         tensors = param, grad, state["master"], state["exp_avg"], state["exp_avg_sq"]
+        buffer = state["master"].new_empty(min(_PIECE, param.numel()))
         for part, narrow, master, mean, square in zip(*(each.view(-1).split(_PIECE) for each in tensors), strict=True):
-            wide = narrow.to(torch.float32, copy=True)
+            wide = buffer[: len(part)].copy_(narrow)
             mean.lerp_(wide, 1 - beta1)
             square.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
             scale = torch.sqrt(square, out=wide).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
