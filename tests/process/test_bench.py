@@ -1,4 +1,4 @@
-"""``python -m bench`` for the three collectives, under each launcher: the table, the record, and how it fails."""
+"""``python -m bench`` for the three collectives and parity, under launchers: the table, the record, how it fails."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 import bench.__main__ as bench
+import sparsecoll as sc
 from bench import traffic
+from bench.busiest import Busiest
 from bench.collectives.all_gather import AllGatherTrial
+from bench.parity_ways import WAYS, find_ways
+from sparsecoll.balance import BALANCERS, Balance
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["-b", "4K", "-e", "16K", "-f", "4", "-n", "2"]
@@ -209,3 +213,72 @@ def test_matrix_file(tmp_path: Path, capsys: Any) -> None:
     (row,) = table(out)
     assert (row["size"], row["wire"], row["#wrong"]) == ("1152", "992", "0")
     assert re.search(r"#\s+0\s+992\s+32 ", out) and re.search(r"#\s+1\s+192\s+1152 ", out)
+
+
+PARITY = ["parity", "--backend", "local", "--ranks", "2", "--steps", "4"]
+
+
+def test_parity_goes_every_way() -> None:
+    """Every balancer, and every option alone; what another way is held against comes with it."""
+    assert set(BALANCERS) <= WAYS.keys()
+    options = [(way.options, way.reentrant, way.reshard_every > 0) for way in WAYS.values()]
+    for option in ({"calibrate": True}, {"rematerialize": True}, {"spread": "quota"}, {"sharding": "slices"}):
+        assert (option, None, False) in options
+    for option in ({}, {"calibrate": True}, {"rematerialize": True}):
+        assert (option, True, False) in options and (option, False, False) in options
+    assert ({}, None, True) in options
+    ways = find_ways(["reentrant+calibrate", "none"])
+    assert [way.name for way in ways] == ["plain", "calibrate", "checkpoint+calibrate", "reentrant+calibrate", "none"]
+
+
+def test_parity_over_threads(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "record.json"
+    assert bench.main([*PARITY, "--ways", "reshard+none,checkpoint+rematerialize", "--json", str(file)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    record = json.loads(file.read_text())
+    rows = record["results"]
+    names = ["plain", "reshard+none", "checkpoint", "checkpoint+rematerialize"]
+    assert [row["way"] for row in rows] == [line[2] for line in lines] == [*names, *names, "plain", "plain"]
+    assert {line[-1] for line in lines} == {"ok"}
+    assert record["summary"].keys() == {"max_loss_rel_diff_fp32", "max_loss_rel_diff_fp64", "max_param_rel_diff_fp64"}
+    plain, moved, again, gathered_again = rows[:4]
+    assert (plain["dtype"], plain["optimizer"], plain["steps"]) == ("float64", "AdamW", 4)
+    assert moved["sparse_bytes"] == 0 < moved["num_moves"]
+    assert plain["sparse_bytes"] > 0 and 0 < again["sent_bytes"] < gathered_again["sent_bytes"]
+
+
+def test_parity_over_processes(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    arguments = ["parity", "--backend", "mpi", "--ranks", "2", "--steps", "4", "--ways", "hecate"]
+    ended = start([sys.executable], "-m", "bench", *arguments, "--json", str(file))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    record = json.loads(file.read_text())
+    assert {(row["backend"], row["way"]) for row in record["results"]} == {("mpi", "plain"), ("mpi", "hecate")}
+
+
+def test_parity_that_proves_nothing_fails(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(Busiest, "balance", lambda self, loads, base, costs: Balance(base))
+    assert bench.main([*PARITY, "--ways", "none"]) == 1
+    ends = {tuple(line.split()[index] for index in (2, -1)) for line in capsys.readouterr().out.splitlines()[1:5]}
+    assert ends == {("plain", "UNPROVED"), ("none", "ok")}
+
+
+def test_parity_of_other_gradients_fails(monkeypatch: Any, capsys: Any) -> None:
+    right = sc.FSSDPModule.clip_grad_norm_
+
+    def too_large(self: sc.FSSDPModule, max_norm: float) -> Any:
+        norm = right(self, max_norm)
+        for param in self.parameters():
+            if param.grad is not None:
+                param.grad *= 1.001
+        return norm
+
+    monkeypatch.setattr(sc.FSSDPModule, "clip_grad_norm_", too_large)
+    assert bench.main([*PARITY, "--ways", "plain"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_parity_refuses_unknown_ways(capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["parity", "--ways", "plain,sideways"])
+    assert "got sideways" in capsys.readouterr().err
